@@ -56,7 +56,7 @@ class Compressed(ImageSet):
         if self.radius is not None: lines += [f"radius      {self.radius:.4f}" + ("" if self.lower_bound is None else f", proven to be at least {self.lower_bound:.4f}")]
         return "\n".join(lines)
 
-# %% ../nbs/03_compressed.ipynb #a8ecc5f9
+# %% ../nbs/03_compressed.ipynb #04d6c78a
 FORMAT = "rdd_lib.compressed/1"
 _TENSORS = ("x", "y", "weights", "indices", "soft_labels")
 _PLAIN = ("name", "split", "radius", "lower_bound", "schedule", "provenance")
@@ -69,7 +69,7 @@ def save(data: Compressed,
     tensors = {n: getattr(data, n) for n in _TENSORS} | {f"certificate.{k}": v for k, v in (data.certificate or {}).items()}
     plain = {n: getattr(data, n) for n in _PLAIN} | {"format": FORMAT, "classes": list(data.classes)}
     with atomic(path) as tmp:
-        save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, tmp, metadata={"rdd_lib": json.dumps(plain, sort_keys=True)})
+        save_file({n: t.contiguous().clone() for n, t in tensors.items() if t is not None}, tmp, metadata={"rdd_lib": json.dumps(plain, sort_keys=True)})
     return Path(path)
 
 # %% ../nbs/03_compressed.ipynb #ad959bfa

@@ -4,28 +4,29 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'cross_entropy', 'dlr', 'check_batch', 'check_logits', 'look', 'slope', 'eval_mode', 'Attack',
-           'AttackResult', 'GradientAttack', 'PGD', 'attack_until_broken', 'checkpoints', 'APGD']
+           'AttackResult', 'GradientAttack', 'PGD', 'attack_until_broken', 'checkpoints', 'APGD', 'TorchAttack',
+           'from_torchattacks']
 
-# %% ../../nbs/robust/31_attacks.ipynb #ee7d2faf
-import contextlib, importlib, inspect, random
+# %% ../../nbs/robust/31_attacks.ipynb #2cd08a49
+import contextlib, inspect, random, re
 from dataclasses import dataclass, field
 from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import BadArgument, RddError, check, check_images, lookup, seeded
+from ..core import check, check_images, lookup, progress, seeded
 from ..core import generator as generator_of
-from .threats import L2, Linf, Threat, spread
+from .threats import Threat, spread
 
-# %% ../../nbs/robust/31_attacks.ipynb #e4f9eb1b
+# %% ../../nbs/robust/31_attacks.ipynb #1477644a
 def cross_entropy(logits: Tensor,  # (N, K)
                   y: Tensor,       # (N,)
                  ) -> Tensor:      # (N,), at least 0; above log 2 where some class beats y for sure
     "-log softmax(logits)_y, with a gradient that is exact in float32 however sure the model is."
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     y = y[:, None]
-    return F.softplus(logits.scatter(1, y, -torch.inf).logsumexp(1) - logits.gather(1, y)[:, 0], threshold=1e4)
+    return F.softplus(logits.scatter(1, y, -torch.inf).logsumexp(1) - logits.gather(1, y)[:, 0], threshold=30)
 
 # %% ../../nbs/robust/31_attacks.ipynb #af31b7d6
 def dlr(logits: Tensor,  # (N, K), K >= 2
@@ -134,7 +135,7 @@ class AttackResult:
     def __repr__(self):
         return f"AttackResult({self.counts}, robust accuracy {self.robust_accuracy:.4f}, {self.forward_samples} forward, {self.backward_samples} backward)"
 
-# %% ../../nbs/robust/31_attacks.ipynb #bae55584
+# %% ../../nbs/robust/31_attacks.ipynb #86c6fe15
 def _pick(s, rows): return {k: v[rows] for k, v in s.items()}
 def _join(a, b): return b if a is None else {k: torch.cat([a[k], b[k]]) for k in a}
 
@@ -166,7 +167,7 @@ class GradientAttack(Attack):
             if len(rows): self._sweep(model, x, y, rows, self.start(x[rows], g), found, batch_size, compact, 1 + restart * (self.steps + 1))
 
     def _sweep(self, model, x, y, queue, starts, found, batch_size, compact, first_look):
-        s, taken, looks = None, 0, torch.zeros_like(queue)
+        s, taken, looks, bar = None, 0, torch.zeros_like(queue), progress(total=len(queue), desc=self.name, unit="image")
         while s is not None or taken < len(queue):
             if (room := batch_size - (0 if s is None else len(s["y"]))) and taken < len(queue):     # keep the batch full
                 rows = queue[taken:taken + room]
@@ -177,7 +178,9 @@ class GradientAttack(Attack):
             wrong = logits.argmax(1) != s["y"]
             found.add(s["row"][wrong], at[wrong], s["looks"][wrong] + first_look)
             stay = (s["looks"] < self.steps) & ~(wrong & compact)
+            bar.update(int((~stay).sum()))
             s = self._step_those(s, at, losses, stay, found) if stay.any() else None
+        bar.close()
 
     def _step_those(self, s, at, losses, stay, found):
         found.backward_samples += len(at)
@@ -238,7 +241,7 @@ def _hunt_named(attack, model, x, y, g, found, batch_size, compact):
     found.names.append(attack.name)
     attack.hunt(model, x, y, g, found, batch_size, compact)
 
-# %% ../../nbs/robust/31_attacks.ipynb #8896d928
+# %% ../../nbs/robust/31_attacks.ipynb #beb06131
 @cache
 def checkpoints(steps: int) -> Tensor:  # (steps + 1,): at each look, the length of the window that ends there, 0 between windows
     "Auto-PGD's schedule: the first window is .22 of the steps, each further one .03 shorter, down to .06 (Croce & Hein 2020, section 3.1)."
@@ -248,9 +251,9 @@ def checkpoints(steps: int) -> Tensor:  # (steps + 1,): at each look, the length
         w = max(w - max(int(.03 * steps), 1), max(int(.06 * steps), 1))
     return windows
 
+# %% ../../nbs/robust/31_attacks.ipynb #af9a749a
 def _where(mask, a, b): return torch.where(spread(mask, b), a, b)
 
-# %% ../../nbs/robust/31_attacks.ipynb #15237529
 @dataclass(frozen=True)
 class APGD(GradientAttack):
     """Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and a step that is halved where the climb has stalled.
@@ -304,3 +307,76 @@ class APGD(GradientAttack):
         a = spread(torch.where(s["i"] > 0, .75, 1.).to(x.dtype), x)
         z = threat.ascend(x, at, grad, spread(s["size"], x))
         return s | dict(at=threat.project(x, at + a * (z - at) + (1 - a) * (at - s["before"])), before=at, i=s["i"] + 1)
+
+# %% ../../nbs/robust/31_attacks.ipynb #42e09534
+def _torchattacks():
+    try: import torchattacks
+    except ImportError: raise ImportError("pip install --no-deps torchattacks") from None
+    return torchattacks
+
+@contextlib.contextmanager
+def _as_it_was(model, seed):
+    "Others' code may use the global random states, parameter gradients and training flags: seed, freeze, and put everything back."
+    wanted, states = [(p, p.requires_grad) for p in model.parameters()], (random.getstate(), np.random.get_state())
+    try:
+        for p, _ in wanted: p.requires_grad_(False)
+        random.seed(seed); np.random.seed(seed)
+        with eval_mode(model), seeded(seed): yield
+    finally:
+        for p, grad in wanted: p.requires_grad_(grad)
+        random.setstate(states[0]); np.random.set_state(states[1])
+
+@contextlib.contextmanager
+def _counted(model, found):
+    "Count the images that pass through `model`, both ways."
+    def back(g): found.backward_samples += len(g)
+    def seen(module, inputs, output):
+        found.forward_samples += len(output)
+        if output.requires_grad: output.register_hook(back)
+    handle = model.register_forward_hook(seen)
+    try: yield
+    finally: handle.remove()
+
+# %% ../../nbs/robust/31_attacks.ipynb #59114eb5
+@dataclass(frozen=True)
+class TorchAttack(Attack):
+    "An attack of torchattacks, always run in eval mode. In a result its `step` is 1: it does not tell when an image broke."
+    method: str                                    # class name in torchattacks
+    threat: Threat
+    settings: dict = field(default_factory=dict)   # of that class; eps, norm and seed come from the threat and the generator
+
+    @property
+    def name(self): return f"torchattacks-{self.method.lower()}"
+
+    def climb(self, model, x, y, g):
+        check(isinstance(model, nn.Module), f"{self.name} needs a torch.nn.Module, got {type(model).__name__}")
+        make, seed = getattr(_torchattacks(), self.method), int(torch.randint(2**31, (1,), generator=g, device=g.device))
+        given = dict(eps=self.threat.eps, norm=type(self.threat).__name__, seed=seed)
+        given = {k: v for k, v in given.items() if k in inspect.signature(make).parameters} | self.settings
+        with _as_it_was(model, seed):
+            theirs = make(model, **given)
+            theirs.set_device(x.device)
+            return theirs(x, y).detach().to(x.dtype)
+
+    def hunt(self, model, x, y, g, found, batch_size, compact=True):
+        for rows in progress(found.survivors.split(batch_size), desc=self.name):
+            if not len(rows): return
+            with _counted(model, found): x_adv = self.climb(model, x[rows], y[rows], g)
+            with torch.no_grad(): wrong = check_logits(model(x_adv), y[rows], self.name).argmax(1) != y[rows]
+            found.forward_samples += len(rows)
+            wrong &= self.threat.within(x[rows], x_adv)                          # unbounded attacks: outside the ball does not count
+            found.add(rows[wrong], x_adv[wrong], torch.ones_like(rows[wrong]))
+
+# %% ../../nbs/robust/31_attacks.ipynb #364039bc
+def from_torchattacks(name: str,        # class name there: "PGD", "CW", "MIFGSM", "Square", ...
+                      threat: Threat,   # gives eps and norm, and what counts as inside
+                      **settings,       # of that class: steps=, alpha=, c=, ...
+                     ) -> TorchAttack:
+    "An attack of the torchattacks package under this library's contract. Raises `ImportError` where it is missing, `UnknownName`, `BadArgument`."
+    package = _torchattacks()
+    make = lookup(name, {n: c for n, c in vars(package).items() if inspect.isclass(c) and c.__module__.startswith("torchattacks.attacks.")}, "torchattacks attack")
+    norms = re.search(r"Distance Measure *: *(.*)", make.__doc__ or "")
+    check(not norms or type(threat).__name__ in norms[1], f"torchattacks' {name} works in {norms and norms[1]}, not in {threat}")
+    known = [k for k in inspect.signature(make).parameters if k not in ("model", "eps", "norm", "seed")]
+    for k in settings: lookup(k, dict.fromkeys(known), f"setting of torchattacks' {name}")
+    return TorchAttack(name, threat, settings)

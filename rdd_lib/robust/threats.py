@@ -19,7 +19,7 @@ def spread(v: Tensor,  # (N,): one value an image
     "One value an image, shaped to broadcast over the pixels of `x`."
     return v.view(-1, *[1] * (x.dim() - 1))
 
-# %% ../../nbs/robust/30_threats.ipynb #66ae4e85
+# %% ../../nbs/robust/30_threats.ipynb #0e2ba532
 @dataclass(frozen=True)
 class Threat:
     "All images x' in [0, 1] with ||x' - x|| <= `eps`. The norm is a subclass's: `Linf`, `L2`."
@@ -38,13 +38,17 @@ class Threat:
         "The point of the ball after a step of length `size` (a number or one an image) along the steepest ascent."
         return self.project(x, x_adv + size * self.direction(grad))
 
+    def within(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        "Which images, (N,), lie within eps (1 + 1e-6) + one rounding unit of `x`."
+        return self.distance(x_adv, x) <= self.eps * (1 + 1e-6) + torch.finfo(x.dtype).eps
+
     def check(self, x: Tensor, x_adv: Tensor, what: str = "x_adv") -> Tensor:
-        "`x_adv`, if it lies in [0, 1] and within eps (1 + 1e-6) + one rounding unit of `x`. Raises `BadArgument`."
+        "`x_adv`, if it lies in [0, 1] and `within` the ball around `x`. Raises `BadArgument`."
         check(x.shape == x_adv.shape, f"{what} must have the shape of x, {tuple(x.shape)}, got {tuple(x_adv.shape)}")
         lo, hi = x_adv.aminmax()
         check(bool(lo >= 0) and bool(hi <= 1), f"{what} must lie in [0, 1] and hold no NaN; its smallest value is {lo:.6g}, its largest {hi:.6g}")
-        far, allowed = self.distance(x_adv, x).max().item(), self.eps * (1 + 1e-6) + torch.finfo(x.dtype).eps
-        check(far <= allowed, f"{what} is {far:.9g} away from x in {type(self).__name__}, more than eps = {self.eps:.9g}")
+        inside = self.within(x, x_adv)
+        check(inside.all(), f"{what} is {self.distance(x_adv, x).max().item():.9g} away from x in {type(self).__name__}, more than eps = {self.eps:.9g}")
         return x_adv
 
 # %% ../../nbs/robust/30_threats.ipynb #3a982866
