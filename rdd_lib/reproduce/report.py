@@ -196,14 +196,15 @@ def _colours(n):
     import seaborn as sns
     return sns.color_palette("colorblind", max(n, 1))
 
-# %% ../../nbs/reproduce/52_report.ipynb #66ec967b
-def _place(ax, labels):
-    "Writes each (x, y, text, colour) near its point and away from what is there already."
-    fig = ax.figure
+# %% ../../nbs/reproduce/52_report.ipynb #680b8fee
+def _place(ax, labels, obstacles):
+    "Writes each (x, y, text, colour) near its point, away from other names, from boxes in data units (x0, y0, x1, y1), and from the legend."
+    fig, px = ax.figure, ax.figure.dpi / 72
     fig.draw_without_rendering()                                        # after this, positions in pixels are final
-    px = fig.dpi / 72
     at = ax.transData.transform([(x, y) for x, y, _, _ in labels])
-    taken = [(x - 5 * px, y - 5 * px, x + 5 * px, y + 5 * px) for x, y in at]
+    corners = ax.transData.transform(np.reshape(obstacles, (-1, 2))).reshape(-1, 4)
+    taken = [(a - 4 * px, b - 4 * px, c + 4 * px, d + 4 * px) for a, b, c, d in corners]
+    if ax.get_legend(): taken.append(tuple(ax.get_legend().get_window_extent().extents))
     frame = ax.get_window_extent().extents
     for (x, y, text, colour), p in sorted(zip(labels, at, strict=True), key=lambda lp: -lp[1][0]):
         note = ax.annotate(text, (x, y), (0, 0), textcoords="offset points", color=colour, ha="center", va="center", in_layout=False)
@@ -225,7 +226,7 @@ def _places(p, w, h, px):
 def _overlap(a, b): return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 def _outside(a, frame): return any((a[0] < frame[0], a[1] < frame[1], a[2] > frame[2], a[3] > frame[3]))
 
-# %% ../../nbs/reproduce/52_report.ipynb #f66f314a
+# %% ../../nbs/reproduce/52_report.ipynb #a8d3573d
 def scatter(df,                          # a row per method, as from `means` or `wide`
             x: str = "std",              # columns; <x>_sd and <y>_sd are drawn as error bars where they exist
             y: str = "rob",
@@ -240,49 +241,53 @@ def scatter(df,                          # a row per method, as from `means` or 
     import matplotlib as mpl
     _check_columns(df, [c for c in (label, x, y, group) if c], "df")
     _check_once(df, [label], "df")
-    drawn = df.dropna(subset=[x, y])
-    groups = list(dict.fromkeys(g for g in df[group].astype(str))) if group else [""]
+    drawn, theirs = df.dropna(subset=[x, y]).to_dict("records"), _rows(published, label, x, y)
+    named = {r[label]: str(r[group]) if group else "" for r in drawn}
     with mpl.rc_context(_STYLE):
         fig, ax = _figure(size)
+        groups = list(dict.fromkeys(g for name, g in named.items() if name != reference))
         palette = dict(zip(groups, _colours(len(groups)), strict=True))
-        names = []
-        theirs = _rows(published, label, x, y)
-        for row in drawn.to_dict("records"):
-            colour = "black" if row[label] == reference else palette[str(row[group]) if group else ""]
-            _point(ax, row, x, y, colour, "*" if row[label] == reference else "o", filled=True)
+        names, boxes = [], []
+        for row in drawn:
+            colour = "black" if row[label] == reference else palette[named[row[label]]]
+            boxes += _point(ax, row, x, y, colour, "*" if row[label] == reference else "o", filled=True)
+            names.append((row[x], row[y], str(row[label]), colour))
             if row[label] in theirs:
                 other = theirs.pop(row[label])
-                _point(ax, other, x, y, colour, "o", filled=False)
+                boxes += _point(ax, other, x, y, colour, "o", filled=False)
                 ax.plot([row[x], other[x]], [row[y], other[y]], color=colour, lw=.6, alpha=.6, zorder=1)
-            names.append((row[x], row[y], str(row[label]), colour))
         for name, row in theirs.items():                                # published, not run: grey, but there
-            _point(ax, row, x, y, "0.55", "o", filled=False)
+            boxes += _point(ax, row, x, y, "0.55", "o", filled=False)
             names.append((row[x], row[y], str(name), "0.45"))
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         ax.margins(.12)
         _key(ax, palette if group else {}, published is not None, bool(theirs))
-        if names: _place(ax, names)
+        if names: _place(ax, names, boxes)
     return fig
 
 def _rows(df, label, x, y):
+    "{name: row} of the points that can be drawn."
     if df is None: return {}
     _check_columns(df, [label, x, y], "published")
     _check_once(df, [label], "published")
     return {r[label]: r for r in df.dropna(subset=[x, y]).to_dict("records")}
 
 def _point(ax, row, x, y, colour, marker, filled):
-    sd = [row.get(f"{c}_sd", nan) for c in (x, y)]
-    ax.errorbar(row[x], row[y], xerr=sd[0] if sd[0] == sd[0] else None, yerr=sd[1] if sd[1] == sd[1] else None, fmt="none", ecolor=colour, elinewidth=.8, alpha=.6)
-    ax.plot(row[x], row[y], marker, color=colour, mfc=colour if filled else "white", ms=11 if marker == "*" else 5.5, zorder=3)
+    "A point with its error bars; returns the boxes it fills, in data units."
+    u, v = row[x], row[y]
+    du, dv = (sd if (sd := row.get(f"{c}_sd", nan)) == sd else 0. for c in (x, y))
+    ax.errorbar(u, v, xerr=du or None, yerr=dv or None, fmt="none", ecolor=colour, elinewidth=.8, alpha=.6)
+    ax.plot(u, v, marker, color=colour, mfc=colour if filled else "white", ms=11 if marker == "*" else 5.5, zorder=3)
+    return [(u - du, v, u + du, v), (u, v - dv, u, v + dv)]
 
 def _key(ax, palette, published, missing):
     "What cannot be written at a point: groups, and hollow against filled."
     from matplotlib.lines import Line2D
-    entry = lambda name, c, face: Line2D([], [], ls="", marker="o", ms=5.5, color=c, mfc=face, label=name)
-    entries = [entry(g, c, c) for g, c in palette.items()]
-    if published: entries += [entry("ours", "0.3", "0.3"), entry("published", "0.3", "white")]
-    if missing: entries += [entry("published, not yet run", "0.55", "white")]
-    if entries: ax.legend(handles=entries, frameon=False, fontsize=8, loc="best")
+    entries = [(g, c, c) for g, c in palette.items()]
+    if published: entries += [("ours", "0.3", "0.3"), ("published", "0.3", "white")]
+    if missing: entries += [("published, not yet run", "0.55", "white")]
+    lines = [Line2D([], [], ls="", marker="o", ms=5.5, color=c, mfc=face, label=name) for name, c, face in entries]
+    if lines: ax.legend(handles=lines, frameon=False, fontsize=8, loc="best")
 
 # %% ../../nbs/reproduce/52_report.ipynb #65bab0cd
 def curves(df,                           # a row per run
