@@ -135,7 +135,7 @@ class AttackResult:
     def __repr__(self):
         return f"AttackResult({self.counts}, robust accuracy {self.robust_accuracy:.4f}, {self.forward_samples} forward, {self.backward_samples} backward)"
 
-# %% ../../nbs/robust/31_attacks.ipynb #86c6fe15
+# %% ../../nbs/robust/31_attacks.ipynb #d20beb28
 def _pick(s, rows): return {k: v[rows] for k, v in s.items()}
 def _join(a, b): return b if a is None else {k: torch.cat([a[k], b[k]]) for k in a}
 
@@ -162,6 +162,7 @@ class GradientAttack(Attack):
 
     def hunt(self, model, x, y, g, found, batch_size, compact=True):
         "Attack the survivors of `found`, restart after restart, and record what breaks. All starts of a restart are drawn at once."
+        found.names.append(self.name)
         for restart in range(self.restarts):
             rows = found.survivors
             if len(rows): self._sweep(model, x, y, rows, self.start(x[rows], g), found, batch_size, compact, 1 + restart * (self.steps + 1))
@@ -213,7 +214,7 @@ class PGD(GradientAttack):
         return s | dict(at=self.threat.ascend(s["x"], s["at"], grad, size))
     def top(self, s, model): return s["at"]
 
-# %% ../../nbs/robust/31_attacks.ipynb #42ce3a0e
+# %% ../../nbs/robust/31_attacks.ipynb #93cd0365
 def attack_until_broken(attack: Attack,
                         model,                # images in [0, 1] -> logits; put into eval mode, restored afterwards
                         x: Tensor,            # (N, ...) images in [0, 1]
@@ -232,14 +233,10 @@ def attack_until_broken(attack: Attack,
             logits = torch.cat([check_logits(model(xb), yb, f"clean images, before {attack.name}") for xb, yb in zip(x.split(batch_size), y.split(batch_size))])
         wrong = (logits.argmax(1) != y).nonzero()[:, 0]
         found.add(wrong, x[wrong], torch.zeros_like(wrong))
-        if attack.threat.eps > 0: _hunt_named(attack, model, x, y, _generator(generator), found, batch_size, compact)
+        if attack.threat.eps > 0: attack.hunt(model, x, y, _generator(generator), found, batch_size, compact)
     attack.threat.check(x, found.x_adv, f"the result of {attack.name}")
     found.distance = attack.threat.distance(found.x_adv, x)
     return found
-
-def _hunt_named(attack, model, x, y, g, found, batch_size, compact):
-    found.names.append(attack.name)
-    attack.hunt(model, x, y, g, found, batch_size, compact)
 
 # %% ../../nbs/robust/31_attacks.ipynb #beb06131
 @cache
@@ -337,7 +334,7 @@ def _counted(model, found):
     try: yield
     finally: handle.remove()
 
-# %% ../../nbs/robust/31_attacks.ipynb #59114eb5
+# %% ../../nbs/robust/31_attacks.ipynb #3d875b1a
 @dataclass(frozen=True)
 class TorchAttack(Attack):
     "An attack of torchattacks, always run in eval mode. In a result its `step` is 1: it does not tell when an image broke."
@@ -359,6 +356,7 @@ class TorchAttack(Attack):
             return theirs(x, y).detach().to(x.dtype)
 
     def hunt(self, model, x, y, g, found, batch_size, compact=True):
+        found.names.append(self.name)
         for rows in progress(found.survivors.split(batch_size), desc=self.name):
             if not len(rows): return
             with _counted(model, found): x_adv = self.climb(model, x[rows], y[rows], g)
