@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check', 'lookup',
-           'describe', 'digest', 'with_settings', 'subseed', 'generator', 'seeded', 'device_of', 'atomic', 'progress',
-           'check_images']
+           'describe', 'digest', 'with_settings', 'subseed', 'generator', 'seeded', 'device_of', 'atomic',
+           'require_writable', 'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #71cd4cfd
 import contextlib, hashlib, json, os, tempfile, warnings
@@ -132,16 +132,21 @@ def device_of(name="auto") -> torch.device:
     check(device.type != "cuda" or torch.cuda.is_available(), f"device {str(name)!r} was asked for, but torch sees no GPU", NoDevice)
     return device
 
-# %% ../nbs/00_core.ipynb #b417a8c1
-@contextlib.contextmanager
-def atomic(path):
-    "Yields a temporary path; renamed to `path` when the block ends well, removed when it does not. Raises `Unwritable`."
-    path = Path(path)
+# %% ../nbs/00_core.ipynb #e2c55d76
+def _temporary(path):
+    "An empty file beside `path`."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}") from None
     os.close(handle)
+    return tmp
+
+@contextlib.contextmanager
+def atomic(path):
+    "Yields a temporary path; renamed to `path` when the block ends well, removed when it does not. Raises `Unwritable`."
+    path = Path(path)
+    tmp = _temporary(path)
     try:
         yield Path(tmp)
         os.chmod(tmp, 0o644)
@@ -149,6 +154,14 @@ def atomic(path):
         except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}") from None
     finally:
         Path(tmp).unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #b2613ae9
+def require_writable(path) -> Path:
+    "`path`, if a file can be written there. Raises `Unwritable`."
+    path = Path(path)
+    check(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder", Unwritable)
+    Path(_temporary(path)).unlink()
+    return path
 
 # %% ../nbs/00_core.ipynb #364d81a8
 def progress(iterable=None, **settings):

@@ -145,7 +145,7 @@ def _as_done(futures, pause=.1):
             if not done: time.sleep(pause)
             for f in done: waiting.remove(f); yield f
 
-# %% ../../nbs/reproduce/51_grid.ipynb #c43433c3
+# %% ../../nbs/reproduce/51_grid.ipynb #bf898968
 def run_grid(cells: list[dict],                      # the arguments of each cell: plain data and frozen dataclasses of it
              fn,                                     # pure: `fn(**cell)` depends on its arguments alone and returns plain data
              store: CellStore | None = None,         # None: the store in the default folder
@@ -170,7 +170,8 @@ def run_grid(cells: list[dict],                      # the arguments of each cel
         found = {d: r for d, (k, _) in missing.items() if (r := store.get(k, absent)) is not absent}
     missing = {d: kc for d, kc in missing.items() if d not in found}
     if missing: store.require_writable()
-    with tqdm(total=len(missing) + len(found), initial=len(found), disable=not progress, desc=getattr(fn, "__name__", type(fn).__name__), unit="cell") as bar:
+    name = getattr(fn, "__name__", type(fn).__name__)
+    with tqdm(total=len(missing) + len(found), initial=len(found), disable=not progress, desc=name, unit="cell") as bar:
         bar.set_postfix(stored=len(found))
         if missing:
             with _executor(executor, fn, missing, workers, threads) as pool: found |= _compute(pool, fn, missing, store, on_error, bar)
@@ -188,7 +189,7 @@ def _executor(executor, fn, missing, workers, threads):
 @contextmanager
 def _foreign(executor): yield executor                # whoever made it ends it
 
-# %% ../../nbs/reproduce/51_grid.ipynb #2d30629a
+# %% ../../nbs/reproduce/51_grid.ipynb #e9e7ed59
 def _compute(pool, fn, missing, store, on_error, bar):
     "Results by digest; each is stored as it comes, and on any exception those that are there already are stored too."
     futures = {pool.submit(_timed, fn, cell): digest for digest, (_, cell) in missing.items()}
@@ -199,7 +200,8 @@ def _compute(pool, fn, missing, store, on_error, bar):
             key, cell = missing[digest]
             try: out[digest] = _kept(store, key, future)
             except Unwritable: raise
-            except BrokenExecutor as e: raise CellError("a worker process died (killed for its memory?); finished cells are stored, and fewer workers need less") from e
+            except BrokenExecutor as e:
+                raise CellError("a worker process died (killed for its memory?); finished cells are stored, and fewer workers need less") from e
             except Exception as e:
                 if on_error == "raise": raise CellError(f"the cell {_named(cell)} failed: {type(e).__name__}: {e}") from e
                 out[digest] = {"error": f"{type(e).__name__}: {e}"}

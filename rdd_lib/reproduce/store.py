@@ -80,7 +80,7 @@ def _decode(o):
     "The inverse of `_encode`, as an `object_hook`."
     return float(o["~float"]) if o.keys() == {"~float"} else o
 
-# %% ../../nbs/reproduce/50_store.ipynb #0e2ad72b
+# %% ../../nbs/reproduce/50_store.ipynb #e985c9fd
 def versions() -> dict:
     "The versions a result is written down with."
     from importlib.metadata import PackageNotFoundError, version
@@ -94,7 +94,9 @@ def device_used(**arguments) -> str:
     named = arguments.get("device") or ("cuda" if torch.cuda.is_initialized() else "cpu")
     return torch.cuda.get_device_name(named) if str(named).startswith("cuda") and torch.cuda.is_available() else str(named)
 
-def _checksum(record): return hashlib.sha256(json.dumps([record["function"], record["arguments"], record["version"], record["result"]], sort_keys=True).encode()).hexdigest()
+def _checksum(record):
+    told = [record[name] for name in ("function", "arguments", "version", "result")]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/reproduce/50_store.ipynb #3e82c512
 def default_folder() -> Path:
@@ -102,13 +104,13 @@ def default_folder() -> Path:
     if os.environ.get("RDD_STORE"): return Path(os.environ["RDD_STORE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()/"rdd_lib"/"cells"
 
-# %% ../../nbs/reproduce/50_store.ipynb #c1f5fb3e
+# %% ../../nbs/reproduce/50_store.ipynb #194585dd
 @dataclass(frozen=True)
 class CellStore:
     "A folder of results, one JSON file each. `store.get(key)`, `store.put(key, result)`, `key in store`, `for record in store`."
     folder: str | Path | None = None     # None: `default_folder()`
 
-    def __post_init__(self): object.__setattr__(self, "folder", Path(self.folder).expanduser().absolute() if self.folder else default_folder().absolute())
+    def __post_init__(self): object.__setattr__(self, "folder", Path(self.folder or default_folder()).expanduser().absolute())
 
     def path(self, key: CellKey) -> Path: return self.folder/key.file
 
@@ -142,7 +144,8 @@ class CellStore:
         aside = path.with_name(path.name + ".broken")
         try: os.replace(path, aside)
         except OSError: aside = path
-        warnings.warn(f"the result file {str(path)!r} is broken ({reason}); it is kept as {aside.name!r} and counts as not computed", RuntimeWarning, stacklevel=4)
+        said = f"the result file {str(path)!r} is broken ({reason}); it is kept as {aside.name!r} and counts as not computed"
+        warnings.warn(said, RuntimeWarning, stacklevel=4)
 
     def require_writable(self):
         "Raises `Unwritable` now rather than after an hour."

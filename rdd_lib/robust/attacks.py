@@ -58,7 +58,7 @@ def check_logits(logits: Tensor, y: Tensor, name: str) -> Tensor:
     check(bool(y.max() < logits.shape[1]), f"{name}: y holds the label {y.max()}, but the model has {logits.shape[1]} classes")
     return logits
 
-# %% ../../nbs/robust/31_attacks.ipynb #8db63952
+# %% ../../nbs/robust/31_attacks.ipynb #4e4fcc04
 def look(attack, model, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # the point as a leaf, logits, per-sample losses
     "Logits and losses at the points `at`, with a graph that reaches back to them."
     with torch.enable_grad():
@@ -69,7 +69,7 @@ def look(attack, model, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def slope(losses: Tensor, at: Tensor) -> Tensor:
     "The gradient of each image's loss with respect to that image."
     check(losses.requires_grad, "the model's output has no gradient with respect to its input: a gradient attack needs one")
-    return torch.autograd.grad(losses.sum(), at)[0]
+    return torch.autograd.grad(losses, at, torch.ones_like(losses))[0]      # not losses.sum(): the caller may be in no_grad
 
 # %% ../../nbs/robust/31_attacks.ipynb #a57dea03
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ class Attack:
 
 def _generator(g): return generator_of(0 if g is None else g)
 
-# %% ../../nbs/robust/31_attacks.ipynb #20342574
+# %% ../../nbs/robust/31_attacks.ipynb #67fa38b4
 @dataclass(repr=False)
 class AttackResult:
     "What an evaluation found, one row an image."
@@ -120,7 +120,7 @@ class AttackResult:
     @property
     def survivors(self) -> Tensor: return (self.by < 0).nonzero()[:, 0]
     @property
-    def robust_accuracy(self) -> float: return 1 - self.broken.double().mean().item()
+    def robust_accuracy(self) -> float: return (~self.broken).double().mean().item()
     @property
     def counts(self) -> dict:
         "How many images each attack broke, and how many survived."
@@ -334,7 +334,7 @@ def _counted(model, found):
     try: yield
     finally: handle.remove()
 
-# %% ../../nbs/robust/31_attacks.ipynb #3d875b1a
+# %% ../../nbs/robust/31_attacks.ipynb #1b235a8f
 @dataclass(frozen=True)
 class TorchAttack(Attack):
     "An attack of torchattacks, always run in eval mode. In a result its `step` is 1: it does not tell when an image broke."
@@ -350,7 +350,7 @@ class TorchAttack(Attack):
         make, seed = getattr(_torchattacks(), self.method), int(torch.randint(2**31, (1,), generator=g, device=g.device))
         given = dict(eps=self.threat.eps, norm=type(self.threat).__name__, seed=seed)
         given = {k: v for k, v in given.items() if k in inspect.signature(make).parameters} | self.settings
-        with _as_it_was(model, seed):
+        with _as_it_was(model, seed), torch.enable_grad():
             theirs = make(model, **given)
             theirs.set_device(x.device)
             return theirs(x, y).detach().to(x.dtype)

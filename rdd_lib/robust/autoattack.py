@@ -16,7 +16,7 @@ STAGES = {"apgd-ce": lambda threat, steps, restarts: APGD(threat, "ce", steps, r
           "apgd-dlr": lambda threat, steps, restarts: APGD(threat, "dlr", steps, restarts),
           "pgd": lambda threat, steps, restarts: PGD(threat, steps, restarts=restarts)}
 
-# %% ../../nbs/robust/32_autoattack.ipynb #945d11a9
+# %% ../../nbs/robust/32_autoattack.ipynb #8dd5ba8a
 @dataclass(frozen=True)
 class AutoAttack(Attack):
     "Attacks in a row, each on the survivors (Croce & Hein 2020). For evaluation only: `attack_until_broken(AutoAttack(threat), model, x, y)`."
@@ -43,7 +43,6 @@ class AutoAttack(Attack):
         state = g.get_state()
         for stage in self.stages:
             g.set_state(state)
-            found.names.append(stage.name)
             stage.hunt(model, x, y, g, found, batch_size, compact)
 
 # %% ../../nbs/robust/32_autoattack.ipynb #61ecadcd
