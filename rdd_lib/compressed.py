@@ -18,7 +18,7 @@ import rdd_lib
 from .core import BrokenFile, MissingData, atomic, check, describe, generator, lookup
 from .data import ImageSet, shares, show_images
 
-# %% ../nbs/03_compressed.ipynb #dbdd948e
+# %% ../nbs/03_compressed.ipynb #3ca11ed1
 @dataclass(frozen=True, eq=False, repr=False)
 class Compressed(ImageSet):
     "An `ImageSet` that came out of a compression; what a method does not give is None."
@@ -51,7 +51,7 @@ class Compressed(ImageSet):
         "What it is and where it came from, a fact a line."
         p = self.provenance
         lines = [f"{len(self)} images of {'x'.join(map(str, self.shape))}, {self.n_classes} classes, {', '.join(f'{len(i)}' for i in self.per_class)} a class"]
-        if p: lines += [f"method      {json.dumps(p.get('method'))}", f"source      {json.dumps(p.get('source'))}", f"seed        {p.get('seed')}"]
+        if p: lines += ["method      " + json.dumps(p.get("method"), sort_keys=True), "source      " + json.dumps(p.get("source"), sort_keys=True), f"seed        {p.get('seed')}"]
         if self.weights is not None: lines += [f"weights     {self.weights.min():.3g} ... {self.weights.max():.3g}, sum {self.weights.sum():.6g}"]
         if self.radius is not None: lines += [f"radius      {self.radius:.4f}" + ("" if self.lower_bound is None else f", proven to be at least {self.lower_bound:.4f}")]
         return "\n".join(lines)

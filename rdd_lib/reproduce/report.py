@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 from ..core import BrokenFile, MissingData, Unwritable, atomic, check, lookup
 
-# %% ../../nbs/reproduce/52_report.ipynb #9b981b5f
+# %% ../../nbs/reproduce/52_report.ipynb #d9bd45c5
 def papers_folder() -> Path:
     "The folder that holds the papers: under `$RDD_NBS` if that is set, else beside the package, else `nbs/papers` here. Raises `MissingData`."
     named = os.environ.get("RDD_NBS")
     roots = [Path(named).expanduser()] if named else [Path(__file__).parents[2]/"nbs", Path.cwd()/"nbs"]
     for root in roots:
         if (root/"papers").is_dir(): return (root/"papers").resolve()
-    raise MissingData(f"no paper notebooks in {' or '.join(repr(str(r/'papers')) for r in roots)}; run from a checkout of the repository, or set RDD_NBS to its nbs folder")
+    places = " or ".join(repr(str(r/"papers")) for r in roots)
+    raise MissingData(f"no paper notebooks in {places}; run from a checkout of the repository, or set RDD_NBS to its nbs folder")
 
 # %% ../../nbs/reproduce/52_report.ipynb #1611dc3e
 COLUMNS = ["item", "kind", "method", "dataset", "score", "mean", "sd", "n", "setting", "source"]
@@ -85,7 +86,7 @@ def means(runs,                          # DataFrame: a row per run
 def _check_columns(df, names, what):
     for n in names: check(n in df, f"{what} has no column {n!r}; it has {', '.join(map(str, df.columns))}")
 
-# %% ../../nbs/reproduce/52_report.ipynb #9ac16e92
+# %% ../../nbs/reproduce/52_report.ipynb #84353237
 def wide(numbers,                        # DataFrame as from `published`, restricted to one item (and data set)
          by=("method",),                 # columns that name a method; further ones, such as 'kind', are carried along
         ):                               # DataFrame as from `means`
@@ -94,13 +95,15 @@ def wide(numbers,                        # DataFrame as from `published`, restri
     _check_columns(numbers, [*by, "score", "mean", "sd", "n"], "numbers")
     _check_once(numbers, [*by, "score"], "numbers")
     order = numbers[by].drop_duplicates()
-    parts = [numbers[numbers["score"] == s][[*by, "mean", "sd", "n"]].rename(columns={"mean": s, "sd": f"{s}_sd", "n": f"{s}_n"}) for s in numbers["score"].unique()]
-    for part in parts: order = order.merge(part, on=by, how="left")
+    for s in numbers["score"].unique():
+        part = numbers[numbers["score"] == s][[*by, "mean", "sd", "n"]].rename(columns={"mean": s, "sd": f"{s}_sd", "n": f"{s}_n"})
+        order = order.merge(part, on=by, how="left")
     return order
 
 def _check_once(df, keys, what):
     twice = df[df.duplicated(keys)]
-    check(twice.empty, f"{what} must hold each of {', '.join(keys)} once; twice: {dict(twice[keys].iloc[0]) if len(twice) else ''}; choose one item and data set first")
+    example = dict(twice[keys].iloc[0]) if len(twice) else {}
+    check(not example, f"{what} must hold each of {', '.join(keys)} once; twice: {example}; choose one item and data set first")
 
 # %% ../../nbs/reproduce/52_report.ipynb #64105c1f
 def welch(a: Summary, b: Summary,
@@ -162,13 +165,14 @@ def _compared(values, number, level, runs):
     return {"ours": a.mean, "ours_sd": a.sd, "n": a.n, "published": b.mean, "published_sd": b.sd, "published_n": b.n,
             "difference": a.mean - b.mean, "lo": lo, "hi": hi, "note": "; ".join(notes)}
 
-# %% ../../nbs/reproduce/52_report.ipynb #ed40cd51
+# %% ../../nbs/reproduce/52_report.ipynb #0bded568
 def to_text(df,                          # any DataFrame; one from `beside` gets mean ± sd [n] in one column
             digits: int = 2,             # after the point
            ) -> str:
     "A table for the terminal."
     import pandas as pd
-    if not {"ours", "ours_sd", "published", "published_sd", "difference"} <= set(df.columns): return df.to_string(index=False, float_format=f"%.{digits}f", na_rep="-")
+    if not {"ours", "ours_sd", "published", "published_sd", "difference"} <= set(df.columns):
+        return df.to_string(index=False, float_format=f"%.{digits}f", na_rep="-")
     told = pd.DataFrame({c: df[c] for c in df.columns[:list(df.columns).index("ours")]})
     told["ours"] = [_spread(m, s, n, digits) for m, s, n in zip(df.ours, df.ours_sd, df.n, strict=True)]
     told["published"] = [_spread(m, s, n, digits) for m, s, n in zip(df.published, df.published_sd, df.published_n, strict=True)]
@@ -226,7 +230,32 @@ def _places(p, w, h, px):
 def _overlap(a, b): return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 def _outside(a, frame): return any((a[0] < frame[0], a[1] < frame[1], a[2] > frame[2], a[3] > frame[3]))
 
-# %% ../../nbs/reproduce/52_report.ipynb #a8d3573d
+# %% ../../nbs/reproduce/52_report.ipynb #6b4e4d26
+def _rows(df, label, x, y):
+    "{name: row} of the points that can be drawn."
+    if df is None: return {}
+    _check_columns(df, [label, x, y], "published")
+    _check_once(df, [label], "published")
+    return {r[label]: r for r in df.dropna(subset=[x, y]).to_dict("records")}
+
+def _point(ax, row, x, y, colour, marker, filled):
+    "A point with its error bars; returns the boxes it fills, in data units."
+    u, v = row[x], row[y]
+    du, dv = (sd if (sd := row.get(f"{c}_sd", nan)) == sd else 0. for c in (x, y))
+    ax.errorbar(u, v, xerr=du or None, yerr=dv or None, fmt="none", ecolor=colour, elinewidth=.8, alpha=.6)
+    ax.plot(u, v, marker, color=colour, mfc=colour if filled else "white", ms=11 if marker == "*" else 5.5, zorder=3)
+    return [(u - du, v, u + du, v), (u, v - dv, u, v + dv)]
+
+def _key(ax, palette, published, missing):
+    "What cannot be written at a point: groups, and hollow against filled."
+    from matplotlib.lines import Line2D
+    entries = [(g, c, c) for g, c in palette.items()]
+    if published: entries += [("ours", "0.3", "0.3"), ("published", "0.3", "white")]
+    if missing: entries += [("published, not yet run", "0.55", "white")]
+    lines = [Line2D([], [], ls="", marker="o", ms=5.5, color=c, mfc=face, label=name) for name, c, face in entries]
+    if lines: ax.legend(handles=lines, frameon=False, fontsize=8, loc="best")
+
+# %% ../../nbs/reproduce/52_report.ipynb #e961523a
 def scatter(df,                          # a row per method, as from `means` or `wide`
             x: str = "std",              # columns; <x>_sd and <y>_sd are drawn as error bars where they exist
             y: str = "rob",
@@ -264,30 +293,6 @@ def scatter(df,                          # a row per method, as from `means` or 
         _key(ax, palette if group else {}, published is not None, bool(theirs))
         if names: _place(ax, names, boxes)
     return fig
-
-def _rows(df, label, x, y):
-    "{name: row} of the points that can be drawn."
-    if df is None: return {}
-    _check_columns(df, [label, x, y], "published")
-    _check_once(df, [label], "published")
-    return {r[label]: r for r in df.dropna(subset=[x, y]).to_dict("records")}
-
-def _point(ax, row, x, y, colour, marker, filled):
-    "A point with its error bars; returns the boxes it fills, in data units."
-    u, v = row[x], row[y]
-    du, dv = (sd if (sd := row.get(f"{c}_sd", nan)) == sd else 0. for c in (x, y))
-    ax.errorbar(u, v, xerr=du or None, yerr=dv or None, fmt="none", ecolor=colour, elinewidth=.8, alpha=.6)
-    ax.plot(u, v, marker, color=colour, mfc=colour if filled else "white", ms=11 if marker == "*" else 5.5, zorder=3)
-    return [(u - du, v, u + du, v), (u, v - dv, u, v + dv)]
-
-def _key(ax, palette, published, missing):
-    "What cannot be written at a point: groups, and hollow against filled."
-    from matplotlib.lines import Line2D
-    entries = [(g, c, c) for g, c in palette.items()]
-    if published: entries += [("ours", "0.3", "0.3"), ("published", "0.3", "white")]
-    if missing: entries += [("published, not yet run", "0.55", "white")]
-    lines = [Line2D([], [], ls="", marker="o", ms=5.5, color=c, mfc=face, label=name) for name, c, face in entries]
-    if lines: ax.legend(handles=lines, frameon=False, fontsize=8, loc="best")
 
 # %% ../../nbs/reproduce/52_report.ipynb #65bab0cd
 def curves(df,                           # a row per run

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core import BrokenFile, MissingData, RddError, Unwritable, atomic, check, lookup, with_settings
 from .report import papers_folder
 
-# %% ../../nbs/reproduce/53_runner.ipynb #27333012
+# %% ../../nbs/reproduce/53_runner.ipynb #32782907
 @dataclass(frozen=True)
 class Item:
     "Something that can be reproduced."
@@ -36,7 +36,9 @@ def _item(path):
 
 def _cells(path):
     "(kind, source, tags) of each cell."
-    try: return [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]]
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        return [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells]
     except (OSError, ValueError, KeyError, TypeError) as e: raise BrokenFile(f"cannot read the notebook {str(path)!r}: {e}") from None
 
 # %% ../../nbs/reproduce/53_runner.ipynb #96ec1f97
@@ -169,7 +171,7 @@ def reproduce(item: str,                           # '<paper>/<name>' as `items`
     if failed: raise ReproductionFailed(f"{len(failed)} of {len(jobs)} notebooks failed:\n" + "\n".join(f"- {e}" for e in failed)) from failed[0]
     return done
 
-# %% ../../nbs/reproduce/53_runner.ipynb #0f1fb353
+# %% ../../nbs/reproduce/53_runner.ipynb #13238e91
 def _choose(item):
     "The items that a name stands for: one, a paper's, or all."
     every = items()
@@ -179,7 +181,8 @@ def _choose(item):
 def _parameters(item, profile, settings, out, resume):
     "All that is handed to the notebook."
     defaults = parameters_of(item.path)
-    for name in ("profile", "out"): check(name in defaults, f"the parameters cell of {item.name!r} must have {name!r}; it has {', '.join(defaults) or 'nothing'}", BrokenFile)
+    for name in ("profile", "out"):
+        check(name in defaults, f"the parameters cell of {item.name!r} must have {name!r}; it has {', '.join(defaults) or 'nothing'}", BrokenFile)
     check(resume or "resume" in defaults, f"resume=False was asked for, but {item.name!r} has no parameter 'resume'")
     return {"profile": profile, "out": str(out)} | ({"resume": resume} if "resume" in defaults else {}) | typed_settings(item.name, defaults, settings)
 
