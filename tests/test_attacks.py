@@ -53,7 +53,8 @@ def digits():
 def awkward():
     "A network with what an attack could disturb: batch norm, one of them frozen, dropout, a parameter that is not trained. In training mode."
     with seeded(0):
-        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.Flatten(), nn.Linear(4 * 6 * 6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).train()
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.Flatten(),
+                            nn.Linear(4 * 6 * 6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).train()
     net[1].eval(); net[7].bias.requires_grad_(False)
     g = generator(0)
     return net, torch.rand(24, 1, 8, 8, generator=g), torch.randint(3, (24,), generator=g)
@@ -130,7 +131,10 @@ def test_works_under_no_grad_and_on_images_that_want_a_gradient(nets, digits):
     plain = PGD(Linf(.1))(nets["usual"], x, y)
     with torch.no_grad(): assert torch.equal(PGD(Linf(.1))(nets["usual"], x, y), plain)
     wanting = x.clone().requires_grad_()
-    assert torch.equal(PGD(Linf(.1))(nets["usual"], wanting, y), plain) and wanting.grad is None
+    for attack in (PGD(Linf(.1)), PGD(Linf(.1), random_start=False)):
+        out = attack(nets["usual"], wanting, y)
+        assert wanting.grad is None and out.is_leaf and not out.requires_grad
+    assert torch.equal(PGD(Linf(.1))(nets["usual"], wanting, y), plain)
 
 
 # --- leaving early -------------------------------------------------------------------------------------------------------
@@ -159,6 +163,17 @@ def test_training_climbs_beyond_the_first_crossing(nets, digits):
         loss = [cross_entropy(net(attack(net, x, y, until_broken=u)), y).mean().item() for u in (False, True)]
         assert loss[0] > 1.3 * loss[1]
     with pytest.raises(BadArgument, match="too weak to train on"): autoattack(Linf(.1))(net, x, y)
+
+
+def test_each_stage_sees_only_survivors_and_starts_from_the_same_seed(nets, digits):
+    (x, y), net = digits, nets["hardened"]
+    stage = PGD(Linf(.1), 1)
+    both = attack_until_broken(AutoAttack(Linf(.1), ("pgd", "pgd"), steps=1), net, x, y, generator=5)
+    first = attack_until_broken(stage, net, x, y, generator=5)
+    second = attack_until_broken(stage, net, x[first.survivors], y[first.survivors], generator=5)
+    assert torch.equal(both.broken[first.survivors], second.broken) and torch.equal(both.x_adv[first.survivors], second.x_adv)
+    assert torch.equal(both.x_adv[first.broken], first.x_adv[first.broken]) and both.names == ["clean", "pgd-1", "pgd-1"]
+    assert both.forward_samples == first.forward_samples + second.forward_samples - len(second.broken)      # one look at the clean images, not two
 
 
 # --- losses, two and three classes ---------------------------------------------------------------------------------------
@@ -267,7 +282,8 @@ def test_names_and_settings():
     for name in ATTACKS:
         for threat in THREATS:
             attack = attack_of(name, threat)
-            assert attack.threat == threat and digest(attack) != digest(replace(attack, steps=attack.steps + 1)) and describe(attack)["is"] in ("PGD", "APGD", "AutoAttack")
+            assert attack.threat == threat and describe(attack)["is"] in ("PGD", "APGD", "AutoAttack")
+            assert digest(attack) != digest(replace(attack, steps=attack.steps + 1))
     with pytest.raises(UnknownName, match="unknown AutoAttack version 'standard'; known: paper, quick"): autoattack(Linf(.1), "standard")
     assert AutoAttack(Linf(.1), ["pgd"]) == AutoAttack(Linf(.1), ("pgd",))
 

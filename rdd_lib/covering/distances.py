@@ -122,7 +122,7 @@ def nearest(points,              # (N, d) or (N, C, H, W)
     best = [key_block(a[s], b, norm, centre).min(1) for s in row_blocks(len(a), max(b.shape), block)]
     return _length(torch.cat([m.values for m in best]), norm, a.dtype == torch.uint8), torch.cat([m.indices for m in best])
 
-# %% ../../nbs/covering/10_distances.ipynb #276b8f5a
+# %% ../../nbs/covering/10_distances.ipynb #f75015cf
 TIE = 1e-9     # two float keys that differ by less than this part count as equal; whole keys are compared exactly
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class Space:
 
     def distance(self, key) -> Tensor:
         "The distance (float64) that a key stands for, in pixels / 255 where the points are bytes."
-        key = torch.as_tensor(key)
+        key = key if torch.is_tensor(key) else torch.tensor(key, dtype=self.dtype)
         return _length(key, self.norm, self.bytes).masked_fill(key == never(self.dtype), inf)
 
     def key_of(self, eta: float) -> float:

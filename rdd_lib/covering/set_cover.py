@@ -6,7 +6,7 @@
 __all__ = ['log', 'MILP_CELLS', 'SOLVERS', 'greedy_cover', 'pruned', 'lp_bound', 'min_cover', 'swap_search', 'solve_cover',
            'apart', 'ClassCover', 'Cover', 'cover_of', 'farthest_first', 'check_limits', 'eta_mcs']
 
-# %% ../../nbs/covering/11_set_cover.ipynb #7b6f70b8
+# %% ../../nbs/covering/11_set_cover.ipynb #1aafa8bb
 import logging, time
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +14,7 @@ from math import ceil, inf
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import BadArgument, check, generator, lookup
+from ..core import BadArgument, check, generator, lookup, progress as bar
 from .distances import FULL, TIE, Space, full, never, space_of
 
 log = logging.getLogger(__name__)
@@ -316,7 +316,7 @@ def check_limits(time_limit, solver) -> None:
     check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
     lookup(solver, SOLVERS, "solver")
 
-# %% ../../nbs/covering/11_set_cover.ipynb #0eb03052
+# %% ../../nbs/covering/11_set_cover.ipynb #08614734
 def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
             eta: float = None,        # radius of the balls, >= 0, in units of the points (pixels from 0 to 1)
             *, distances=None,        # (N, N) instead of points
@@ -331,12 +331,11 @@ def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are
     """The fewest points whose eta-balls hold all points, and a proof of how few it can be (eta-MCS, Theorem 1.1).
 
     Raises `BadArgument` for an eta < 0, an empty set, NaN, labels of another length. Same arguments, same cover, unless the time runs out."""
-    from tqdm.auto import tqdm
     check(isinstance(eta, (int, float)) and 0 <= eta < inf, f"eta must be a number >= 0, got {eta!r}")
     check_limits(time_limit, solver)
     space, start = space_of(points, distances, norm, labels, device), time.monotonic()
     parts, centres, classes = _parts(space), [], []
-    for done, (label, part) in enumerate(tqdm(parts, desc="eta-MCS", unit="class", delay=2, leave=False, disable=not progress or len(parts) == 1)):
+    for done, (label, part) in enumerate(bar(parts, desc="eta-MCS", unit="class", disable=not progress or len(parts) == 1)):
         now = time.monotonic()
         sub = space.take(part)
         c, low = _cover_by(sub, eta, now + (start + time_limit - now) / (len(parts) - done), solver, seed)

@@ -41,14 +41,15 @@ def dlr(logits: Tensor,  # (N, K), K >= 2
 # %% ../../nbs/robust/31_attacks.ipynb #4562abe4
 LOSSES = {"ce": cross_entropy, "dlr": dlr}
 
-# %% ../../nbs/robust/31_attacks.ipynb #c5a1a88e
+# %% ../../nbs/robust/31_attacks.ipynb #2ec28829
 def check_batch(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # detached images, int64 labels
     "Images in [0, 1] and one whole-number label an image. Raises `BadArgument`."
     check_images(x)
-    check(torch.is_tensor(y) and not y.is_floating_point() and y.dtype != torch.bool, f"y must be a tensor of whole-number labels, got {getattr(y, 'dtype', type(y).__name__)}")
+    check(torch.is_tensor(y) and not y.is_floating_point() and y.dtype != torch.bool, 
+          f"y must be a tensor of whole-number labels, got {getattr(y, 'dtype', type(y).__name__)}")
     check(y.shape == x.shape[:1], f"y must hold one label an image, {tuple(x.shape[:1])}, got shape {tuple(y.shape)}")
     check(bool(y.min() >= 0), f"y must hold labels >= 0, got {y.min()}")
-    return x.detach(), y.long()
+    return x.detach(), y.to(x.device, torch.long)
 
 def check_logits(logits: Tensor, y: Tensor, name: str) -> Tensor:
     "(N, K) logits without NaN, K >= 2 and above every label. Raises `BadArgument`."
@@ -214,7 +215,7 @@ class PGD(GradientAttack):
         return s | dict(at=self.threat.ascend(s["x"], s["at"], grad, size))
     def top(self, s, model): return s["at"]
 
-# %% ../../nbs/robust/31_attacks.ipynb #93cd0365
+# %% ../../nbs/robust/31_attacks.ipynb #a958aec7
 def attack_until_broken(attack: Attack,
                         model,                # images in [0, 1] -> logits; put into eval mode, restored afterwards
                         x: Tensor,            # (N, ...) images in [0, 1]
@@ -230,7 +231,7 @@ def attack_until_broken(attack: Attack,
     found = AttackResult(x.clone(), none, none.clone(), none.double(), ["clean"], forward_samples=len(x))
     with eval_mode(model):
         with torch.no_grad():
-            logits = torch.cat([check_logits(model(xb), yb, f"clean images, before {attack.name}") for xb, yb in zip(x.split(batch_size), y.split(batch_size))])
+            logits = torch.cat([check_logits(model(xb), yb, f"clean images, before {attack.name}") for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True)])
         wrong = (logits.argmax(1) != y).nonzero()[:, 0]
         found.add(wrong, x[wrong], torch.zeros_like(wrong))
         if attack.threat.eps > 0: attack.hunt(model, x, y, _generator(generator), found, batch_size, compact)
