@@ -6,10 +6,9 @@
 __all__ = ['FORMAT', 'METHODS', 'Compressed', 'save', 'load_compressed', 'budget', 'Compressor', 'Method', 'method', 'methods',
            'find_method']
 
-# %% ../nbs/03_compressed.ipynb #00c394d6
+# %% ../nbs/03_compressed.ipynb #da3c6dd2
 import importlib, json, pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch

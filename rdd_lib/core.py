@@ -7,9 +7,9 @@ __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile'
            'describe', 'digest', 'with_settings', 'subseed', 'generator', 'seeded', 'device_of', 'atomic',
            'require_writable', 'progress', 'check_images']
 
-# %% ../nbs/00_core.ipynb #71cd4cfd
+# %% ../nbs/00_core.ipynb #96db9a69
 import contextlib, hashlib, json, os, tempfile, warnings
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np

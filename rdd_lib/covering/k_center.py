@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'BUDGETS', 'crowd_bound', 'gonzalez', 'improve', 'levels', 'bisect', 'recentred', 'k_mcs']
 
-# %% ../../nbs/covering/12_k_center.ipynb #6322a5b5
+# %% ../../nbs/covering/12_k_center.ipynb #b63e090a
 import logging, time
 from math import inf
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..core import check, generator, progress as bar
 from .distances import FULL, TIE, Space, full, space_of
-from .set_cover import ClassCover, Cover, check_limits, cover_of, farthest_first, lp_bound, min_cover, swap_search
+from .set_cover import SOLVERS, ClassCover, Cover, check_limits, cover_of, farthest_first, lp_bound, min_cover, swap_search
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def bisect(keys: np.ndarray,      # (N, N)
         else: top = mid
     return low, centres, rows
 
-# %% ../../nbs/covering/12_k_center.ipynb #7d91b965
+# %% ../../nbs/covering/12_k_center.ipynb #04a1681e
 def _starts(space, k, starts, seed, deadline):
     "Farthest-first from several points: (best centres, key of their radius, best lower key)."
     begin = torch.randperm(len(space), generator=generator(seed, "starts"))[:starts].tolist()
@@ -136,7 +136,7 @@ def _solve_small(space, k, deadline, gap, solver, seed, starts):
     if solver == "greedy" or near_enough(lower, radius): return centres, lower
     rows, _, _ = farthest_first(square, min(len(space), 4 * k + 100), centres[0])
     for test, share in ((_too_small_by_lp, .6), (_too_small_by_milp, 1.)):
-        if time.monotonic() > deadline or near_enough(lower, radius): break
+        if time.monotonic() > deadline or near_enough(lower, radius) or (test is _too_small_by_milp and not SOLVERS[solver]): break
         candidates = levels(keys, lower, radius)
         low, centres, rows = bisect(keys, candidates, centres, k, rows, near_enough, test, part(share), solver)
         radius = keys[:, centres].min(1).max()
@@ -192,7 +192,7 @@ def _solve(space, k, deadline, gap, solver, seed, starts):
     if len(space) <= FULL: return _solve_small(space, k, deadline, gap, solver, seed, starts)
     return _solve_large(space, k, deadline, starts, seed)
 
-# %% ../../nbs/covering/12_k_center.ipynb #e9deecd8
+# %% ../../nbs/covering/12_k_center.ipynb #84cd7c7b
 BUDGETS = ("per_class", "total", "joint")
 
 def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
@@ -203,7 +203,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
           budget: str = "per_class",  # 'per_class', 'total' or 'joint'; without labels always 'joint'
           time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
           gap: float = 0.,          # stop when (radius - lower_bound) / radius is at most this
-          solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'greedy': neither LP nor program
+          solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': no program, only its LP bound; 'greedy': not even that
           seed: int = 0,            # of the starts and the swaps
           device="cpu",             # where distances are computed
           starts: int = 8,          # runs of farthest-first
@@ -211,7 +211,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
          ) -> Cover:                # with the radius's lower bound
     """The k points with the smallest covering radius, and a proof of how small it can be (k-MCS, Theorem 1.2, Algorithm 1).
 
-    Raises `BadArgument` for a k that is no number of points, an empty set, NaN, labels of another length. Same arguments, same cover, unless the time runs out."""
+    Raises `BadArgument` for a k that is no number of points, an empty set, NaN, labels of another length. Same arguments, same cover, as long as the time does not run out; `solver='lp'` needs little of it."""
     check(budget in BUDGETS, f"budget must be 'per_class', 'total' or 'joint', got {budget!r}")
     check(isinstance(gap, (int, float)) and 0 <= gap < 1, f"gap must be from 0 to below 1, got {gap!r}")
     check(isinstance(starts, int) and starts >= 1, f"starts must be a whole number >= 1, got {starts!r}")

@@ -72,7 +72,7 @@ def _sparse(near):
     from scipy.sparse import csr_matrix
     return csr_matrix(near.astype(float))
 
-# %% ../../nbs/covering/11_set_cover.ipynb #d568f6cb
+# %% ../../nbs/covering/11_set_cover.ipynb #e782513c
 MILP_CELLS = 150_000   # entries of the largest program that HiGHS is given: on larger ones it overshoots its time limit many times over
 
 def _highs(a, at_most, seconds):
@@ -107,7 +107,7 @@ def _gurobi(a, at_most, seconds):
 @cache
 def _say_once(message): log.warning(message)
 
-SOLVERS = {"auto": _highs, "highs": _highs, "gurobi": _gurobi, "greedy": None}
+SOLVERS = {"auto": _highs, "highs": _highs, "gurobi": _gurobi, "lp": None, "greedy": None}   # None: no program is solved
 
 # %% ../../nbs/covering/11_set_cover.ipynb #06a5d9f5
 def min_cover(near: np.ndarray,         # (N, M) bool
@@ -160,10 +160,10 @@ def swap_search(near: np.ndarray,        # (N, N) bool, symmetric
         weight[count == 0] += 1
     return centres if (count > 0).all() else None
 
-# %% ../../nbs/covering/11_set_cover.ipynb #5fc07b65
+# %% ../../nbs/covering/11_set_cover.ipynb #61c7b07a
 def solve_cover(near: np.ndarray,         # (N, N) bool, symmetric
                 deadline: float = inf,    # time.monotonic() at which to stop
-                solver: str = "auto",     # one of `SOLVERS`; "greedy" uses neither LP nor program
+                solver: str = "auto",     # one of `SOLVERS`; "lp" solves no program, "greedy" no LP either
                 seed: int = 0,
                ) -> tuple[list[int], int]:   # a cover, a proven lower bound on its size
     "The smallest cover that can be found in the time, and what was proven about it."
@@ -187,7 +187,7 @@ def _solve_part(near, deadline, solver, seed):
         lower = max(lower, ceil(bound - 1e-6))
     half = time.monotonic() + (deadline - time.monotonic()) / 2
     while lower < len(best) and (fewer := swap_search(near, best[:-1], min(20_000, 50 * len(near)), seed, half)): best = pruned(near, fewer)
-    if solver != "greedy" and lower < len(best):
+    if SOLVERS[solver] and lower < len(best):
         found, low = min_cover(near, rows, len(best) - 1, deadline, solver)
         best, lower = found or best, max(lower, low)
     return best, min(lower, len(best))
@@ -316,21 +316,21 @@ def check_limits(time_limit, solver) -> None:
     check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
     lookup(solver, SOLVERS, "solver")
 
-# %% ../../nbs/covering/11_set_cover.ipynb #08614734
+# %% ../../nbs/covering/11_set_cover.ipynb #d853c02d
 def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
             eta: float = None,        # radius of the balls, >= 0, in units of the points (pixels from 0 to 1)
             *, distances=None,        # (N, N) instead of points
             norm: float = 2,          # 1, 2 or inf
             labels=None,              # (N,): a point may only be covered by one of its own label; each class is solved on its own
             time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
-            solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'greedy': neither LP nor program
+            solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': no program, only its LP bound; 'greedy': not even that
             seed: int = 0,            # of the swaps
             device="cpu",             # where distances are computed
             progress: bool = True,    # a bar over the classes, if it takes longer than two seconds
            ) -> Cover:                # with the size's lower bound
     """The fewest points whose eta-balls hold all points, and a proof of how few it can be (eta-MCS, Theorem 1.1).
 
-    Raises `BadArgument` for an eta < 0, an empty set, NaN, labels of another length. Same arguments, same cover, unless the time runs out."""
+    Raises `BadArgument` for an eta < 0, an empty set, NaN, labels of another length. Same arguments, same cover, as long as the time does not run out."""
     check(isinstance(eta, (int, float)) and 0 <= eta < inf, f"eta must be a number >= 0, got {eta!r}")
     check_limits(time_limit, solver)
     space, start = space_of(points, distances, norm, labels, device), time.monotonic()

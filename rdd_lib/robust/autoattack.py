@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STAGES', 'VERSIONS', 'ATTACKS', 'AutoAttack', 'autoattack', 'attack_of']
 
-# %% ../../nbs/robust/32_autoattack.ipynb #df4584d3
+# %% ../../nbs/robust/32_autoattack.ipynb #717a7618
 from dataclasses import dataclass
 from ..core import check, lookup
-from .attacks import APGD, Attack, PGD, attack_until_broken
+from .attacks import APGD, Attack, PGD
 from .threats import Threat
 
 # %% ../../nbs/robust/32_autoattack.ipynb #44e8ac64
@@ -16,7 +16,7 @@ STAGES = {"apgd-ce": lambda threat, steps, restarts: APGD(threat, "ce", steps, r
           "apgd-dlr": lambda threat, steps, restarts: APGD(threat, "dlr", steps, restarts),
           "pgd": lambda threat, steps, restarts: PGD(threat, steps, restarts=restarts)}
 
-# %% ../../nbs/robust/32_autoattack.ipynb #8dd5ba8a
+# %% ../../nbs/robust/32_autoattack.ipynb #62d97618
 @dataclass(frozen=True)
 class AutoAttack(Attack):
     "Attacks in a row, each on the survivors (Croce & Hein 2020). For evaluation only: `attack_until_broken(AutoAttack(threat), model, x, y)`."
@@ -28,7 +28,7 @@ class AutoAttack(Attack):
     def __post_init__(self):
         check(isinstance(self.attacks, (tuple, list)) and self.attacks, f"attacks must be a non-empty tuple of names, got {self.attacks!r}")
         object.__setattr__(self, "attacks", tuple(self.attacks))
-        self.stages                                             # an impossible setting is refused here, not at the first image
+        _ = self.stages                                         # an impossible setting is refused here, not at the first image
 
     @property
     def name(self): return "+".join(self.attacks)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['weighted_mean', 'Standard', 'Adversarial', 'generalized']
 
-# %% ../../nbs/robust/33_objectives.ipynb #8defb1eb
+# %% ../../nbs/robust/33_objectives.ipynb #d62689bd
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check
 from .attacks import PGD
-from .threats import Linf, L2
 
 # %% ../../nbs/robust/33_objectives.ipynb #d8a4fcc0
 def weighted_mean(losses: Tensor,       # (B,)

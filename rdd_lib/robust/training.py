@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'batches', 'Trainer', 'targets', 'predict']
 
-# %% ../../nbs/robust/34_training.ipynb #c05144c6
+# %% ../../nbs/robust/34_training.ipynb #5555b65f
 import contextlib
 from dataclasses import dataclass
 import torch
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from ..core import check, device_of, generator, progress, subseed
 from ..data import ImageSet
 from ..models import Net
-from .attacks import PGD
 from .objectives import Adversarial, Standard
-from .threats import Linf
 
 # %% ../../nbs/robust/34_training.ipynb #e1aefcb4
 def batches(n: int,                       # how many samples there are

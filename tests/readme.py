@@ -1,0 +1,10 @@
+"""nbs/index.ipynb as the README.md of the top folder, on standard output."""
+import sys
+from pathlib import Path
+import nbformat
+from nbconvert import MarkdownExporter
+
+index = nbformat.read(Path(__file__).parents[1] / "nbs" / "index.ipynb", 4)
+text, _ = MarkdownExporter().from_notebook_node(index)
+lines = [line.rstrip() for line in text.replace("](../", "](").replace('src="../', 'src="').splitlines()]
+sys.stdout.write("\n".join(lines).strip() + "\n")

@@ -1,0 +1,78 @@
+"""The `rdd` command as a shell sees it: output, exit codes, and nothing half-written."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+import pytest
+import torch
+from rdd_lib.compressed import load_compressed
+
+RDD = Path(sys.executable).parent / "rdd"
+
+
+def rdd(*words, cwd, **env):
+    return subprocess.run([RDD, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | {"TQDM_DISABLE": "1"} | env)
+
+
+def test_help_answers_with_examples(tmp_path):
+    assert "reproduce" in rdd("--help", cwd=tmp_path).stdout
+    for command in ("list", "compress", "show", "score", "reproduce"):
+        done = rdd(command, "--help", cwd=tmp_path)
+        assert done.returncode == 0 and f"rdd {command}" in done.stdout and "Examples" in done.stdout, done.stdout
+
+
+def test_list_knows_everything(tmp_path):
+    done = rdd("list", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "resnet18", "apgd-ce", "mcs/fig2", "mcs/table1"): assert name in done.stdout
+
+
+def test_compress_show_score(tmp_path):
+    done = rdd("compress", "mcs", "mnist5k", "--ipc", 3, "--set", "time_limit=5", "-o", "a/mcs.safetensors", cwd=tmp_path)
+    assert done.returncode == 0 and "radius" in done.stdout, done.stderr
+    made = load_compressed(tmp_path / "a/mcs.safetensors")
+    assert len(made) == 30 and made.weights.sum() == 4000 and made.lower_bound <= made.radius
+    done = rdd("show", "a/mcs.safetensors", "--picture", "a/mcs.png", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "a/mcs.png").stat().st_size > 1000, done.stderr
+    done = rdd("score", "a/mcs.safetensors", "--net", "mlp", "--n-test", 50, "--attack", "quick", "--train", "generalized", "--set", "steps=5", cwd=tmp_path)
+    assert done.returncode == 0 and "robust" in done.stdout, done.stderr
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path):
+    for name in ("a", "b"): assert rdd("compress", "dm", "mnist5k", "--ipc", 1, "--set", "iterations=2", "--set", "batch_real=4", "--seed", 7, "-o", name, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("line, told", [
+    ("compress mcs minst5k --ipc 1 -o x", "did you mean 'mnist5k'"), ("compress mcss mnist5k --ipc 1 -o x", "did you mean 'mcs'"),
+    ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"), ("compress random mnist5k -o x", "either ipc"),
+    ("compress random mnist5k --ipc 1 -o .", "it is a folder"), ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"),
+    ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"), ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"),
+    ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"), ("score broken.safetensors", "not a compressed set"),
+    ("reproduce mcs/fig9", "mcs/fig"), ("reproduce mcs/fig1 --profile fast", "smoke"), ("list things", "unknown list 'things'")])
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, line, told):
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    done = rdd(*line.split(), cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, (done.returncode, done.stderr)
+    assert done.stderr.startswith("rdd: ") and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["broken.safetensors"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_though_asked(tmp_path):
+    done = rdd("compress", "dm", "mnist5k", "--ipc", 1, "--device", "cuda", "-o", "x", cwd=tmp_path)
+    assert done.returncode == 2 and "sees no GPU" in done.stderr and not os.listdir(tmp_path)
+
+
+def test_an_interrupted_distiller_goes_on_to_the_same_bytes(tmp_path):
+    words = ["compress", "dm", "mnist5k", "--ipc", "1", "--set", "iterations=300", "--set", "batch_real=2", "--set", "augment=crop"]
+    run = subprocess.Popen([RDD, *words, "-o", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    while not (tmp_path / "cut.checkpoint").exists() and run.poll() is None: time.sleep(.05)
+    run.send_signal(signal.SIGINT)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 130 and "the same command goes on" in told and not (tmp_path / "cut").exists(), (run.returncode, told)
+    for name in ("cut", "whole"): assert rdd(*words, "-o", name, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["cut", "whole"]

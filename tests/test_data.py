@@ -1,0 +1,83 @@
+"""Data sets: what stands in $RDD_DATA is what it should be; what is broken or cannot be had is said so."""
+import os
+import numpy as np
+import pytest
+import torch
+from rdd_lib.core import BrokenFile, MissingData, UnknownName
+from rdd_lib.data import CIFAR10, data_root, load
+from conftest import needs
+
+
+@needs("mnist")
+def test_full_mnist():
+    train, test = load("mnist"), load("mnist", "test")
+    assert (len(train), len(test), train.shape) == (60_000, 10_000, (1, 28, 28))
+    assert [len(i) for i in train.per_class] == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert abs(train.images().mean() - .1307) < 1e-4
+
+
+@needs("cifar10")
+def test_full_cifar10():
+    train, test = load("cifar10"), load("cifar10", "test")
+    assert (len(train), len(test), train.shape, train.classes) == (50_000, 10_000, (3, 32, 32), CIFAR10)
+    assert [len(i) for i in train.per_class] == [5000] * 10
+    mean = train.x.double().mean((0, 2, 3)) / 255
+    assert torch.allclose(mean, torch.tensor([.49139968, .48215841, .44653091]).double(), atol=1e-7)
+
+
+@pytest.mark.skipif(not (data_root() / "imagenette").is_dir(), reason="imagenette is not at hand; set RDD_DATA to a folder with imagenette/imagenette2/")
+def test_imagenette():
+    data = load("imagenette", "test", size=64)
+    assert data.shape == (3, 64, 64) and data.n_classes == 10 and "parachute" in data.classes and all(len(i) for i in data.per_class)
+
+
+@pytest.mark.skipif(not (data_root() / "tiny_imagenet").is_dir(), reason="tiny_imagenet is not at hand; set RDD_DATA to a folder with tiny_imagenet/tiny-imagenet-200/")
+def test_tiny_imagenet():
+    train, test = load("tiny_imagenet"), load("tiny_imagenet", "test")
+    assert train.shape == test.shape == (3, 64, 64) and train.classes == test.classes and len(train.classes) == 200
+    assert all(len(i) for i in test.per_class)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RDD_DATA", str(tmp_path))
+    return tmp_path
+
+
+def npz(folder, **arrays):
+    (folder / "mnist").mkdir()
+    np.savez(folder / "mnist" / "train.npz", **arrays)
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(x=np.zeros((2, 28, 28, 1), np.uint8)), dict(x=np.zeros((2, 28, 28, 1), np.float32), y=np.zeros(2, int)),
+    dict(x=np.zeros((2, 28, 28), np.uint8), y=np.zeros(2, int)), dict(x=np.zeros((2, 28, 28, 1), np.uint8), y=np.zeros(3, int)),
+    dict(x=np.zeros((2, 28, 28, 1), np.uint8), y=np.array([0, 10])), dict(x=np.zeros((0, 28, 28, 1), np.uint8), y=np.zeros(0, int)),
+    dict(x=np.array([{}], dtype=object), y=np.zeros(1, int))], ids=["no y", "floats", "no channel", "lengths", "label", "empty", "pickle"])
+def test_a_broken_npz_is_named(folder, arrays):
+    npz(folder, **arrays)
+    with pytest.raises(BrokenFile, match="train.npz"): load("mnist")
+
+
+def test_a_truncated_npz_is_named_and_left(folder):
+    npz(folder, x=np.zeros((20, 28, 28, 1), np.uint8), y=np.zeros(20, int))
+    path = folder / "mnist" / "train.npz"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(BrokenFile, match="remove it to have it made again"): load("mnist")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
+def test_an_unreachable_download_says_what_to_do(folder, name):
+    with pytest.raises(MissingData, match=f"{name} is not in .* and could not be downloaded") as e: load(name)
+    assert "RDD_DATA" in str(e.value)
+    assert not list((folder).glob("*/*.npz"))                       # nothing half-written
+
+
+@pytest.mark.parametrize("name", ["imagenette", "tiny_imagenet", "imagenet"])
+def test_a_missing_folder_says_what_to_do(folder, name):
+    with pytest.raises(MissingData, match="is expected in"): load(name)
+
+
+def test_an_unknown_name_lists_the_nearest(folder):
+    with pytest.raises(UnknownName, match="did you mean 'cifar10'"): load("cifer10")
+    assert not os.listdir(folder)
