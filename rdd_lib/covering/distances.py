@@ -122,7 +122,7 @@ def nearest(points,              # (N, d) or (N, C, H, W)
     best = [key_block(a[s], b, norm, centre).min(1) for s in row_blocks(len(a), max(b.shape), block)]
     return _length(torch.cat([m.values for m in best]), norm, a.dtype == torch.uint8), torch.cat([m.indices for m in best])
 
-# %% ../../nbs/covering/10_distances.ipynb #ecd3c264
+# %% ../../nbs/covering/10_distances.ipynb #c0c30b77
 FULL = 8192    # points up to which all keys may be in memory: 256 MiB for bytes, 512 MiB for floats
 TIE = 1e-9     # two float keys that differ by less than this part count as equal; whole keys are compared exactly
 
@@ -156,7 +156,7 @@ class Space:
 
     def keys(self, i=slice(None), j=slice(None)) -> Tensor:
         "Keys between points `i` and points `j` (slices or index tensors)."
-        if self.rows is None: key = self.matrix[i][:, j]
+        if self.rows is None: key = self.matrix[j][:, i].T if isinstance(i, slice) else self.matrix[i][:, j]     # symmetric: whole rows are quicker to get
         else: key = key_block(self.rows[i], self.rows[j], self.norm, self.centre)
         return key if self.labels is None else key.masked_fill(self.labels[i][:, None] != self.labels[j], never(key.dtype))
 

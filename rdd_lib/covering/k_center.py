@@ -111,7 +111,7 @@ def bisect(keys: np.ndarray,      # (N, N)
         else: top = mid
     return low, centres, rows
 
-# %% ../../nbs/covering/12_k_center.ipynb #04a1681e
+# %% ../../nbs/covering/12_k_center.ipynb #81452a6d
 def _starts(space, k, starts, seed, deadline):
     "Farthest-first from several points: (best centres, key of their radius, best lower key)."
     begin = torch.randperm(len(space), generator=generator(seed, "starts"))[:starts].tolist()
@@ -137,16 +137,16 @@ def _solve_small(space, k, deadline, gap, solver, seed, starts):
     rows, _, _ = farthest_first(square, min(len(space), 4 * k + 100), centres[0])
     for test, share in ((_too_small_by_lp, .6), (_too_small_by_milp, 1.)):
         if time.monotonic() > deadline or near_enough(lower, radius) or (test is _too_small_by_milp and not SOLVERS[solver]): break
-        candidates = levels(keys, lower, radius)
+        candidates = levels(keys[rows] if test is _too_small_by_lp else keys, lower, radius)       # any levels will do for a bound, all for a proof
         low, centres, rows = bisect(keys, candidates, centres, k, rows, near_enough, test, part(share), solver)
         radius = keys[:, centres].min(1).max()
-        lower = candidates[low] if low < len(candidates) and candidates[low] < radius else radius
+        if low: lower = min(radius, keys.min(initial=radius, where=keys > candidates[low - 1]))
     return _filled(square, centres, k), lower
 
 def _gap(space, low, radius):
     "Relative distance between two keys, as distances."
     low, radius = space.distance(low).item(), space.distance(radius).item()
-    return 0. if low >= radius * (1 - TIE) else (radius - low) / radius
+    return 0. if low >= radius * (1 - TIE) else 1 - low / radius
 
 def _filled(space, centres, k):
     "Exactly k centres: where fewer were enough, the farthest points join them."
@@ -192,7 +192,7 @@ def _solve(space, k, deadline, gap, solver, seed, starts):
     if len(space) <= FULL: return _solve_small(space, k, deadline, gap, solver, seed, starts)
     return _solve_large(space, k, deadline, starts, seed)
 
-# %% ../../nbs/covering/12_k_center.ipynb #84cd7c7b
+# %% ../../nbs/covering/12_k_center.ipynb #628aaea7
 BUDGETS = ("per_class", "total", "joint")
 
 def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
@@ -202,7 +202,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
           labels=None,              # (N,): a point may only be covered by one of its own label (unless 'joint')
           budget: str = "per_class",  # 'per_class', 'total' or 'joint'; without labels always 'joint'
           time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
-          gap: float = 0.,          # stop when (radius - lower_bound) / radius is at most this
+          gap: float = 0.,          # stop when 1 - lower_bound / radius is at most this
           solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': no program, only its LP bound; 'greedy': not even that
           seed: int = 0,            # of the starts and the swaps
           device="cpu",             # where distances are computed
@@ -231,7 +231,7 @@ def _per_class(space, k, deadline, gap, solver, seed, starts, progress):
     labels, centres, classes = space.labels.unique().tolist(), [], []
     for c in labels: _check_k(k, space.take((space.labels == c).nonzero()[:, 0]), f"k per class (label {c})")
     for done, c in enumerate(bar(labels, desc=f"{k}-MCS", unit="class", disable=not progress or len(labels) == 1)):
-        part = (space.labels == c).nonzero()[:, 0]
+        part = (space.labels == c).nonzero()[:, 0].cpu()
         sub, now = space.take(part), time.monotonic()
         chosen, lower = _solve(sub, k, now + (deadline - now) / (len(labels) - done), gap, solver, seed, starts)
         radius, bound = sub.distance(sub.nearest(torch.tensor(chosen))[0].max()).item(), sub.distance(lower).item()

@@ -72,7 +72,7 @@ def _sparse(near):
     from scipy.sparse import csr_matrix
     return csr_matrix(near.astype(float))
 
-# %% ../../nbs/covering/11_set_cover.ipynb #e782513c
+# %% ../../nbs/covering/11_set_cover.ipynb #eea90b6d
 MILP_CELLS = 150_000   # entries of the largest program that HiGHS is given: on larger ones it overshoots its time limit many times over
 
 def _highs(a, at_most, seconds):
@@ -97,7 +97,7 @@ def _gurobi(a, at_most, seconds):
                 if at_most is not None: model.addConstr(s.sum() <= at_most)
                 model.Params.TimeLimit, model.Params.MIPGap, model.Params.Seed = seconds, 0, 0
                 model.optimize()
-                if model.Status == gp.GRB.INFEASIBLE: return None, at_most + 1
+                if model.Status in (gp.GRB.INFEASIBLE, gp.GRB.INF_OR_UNBD): return None, at_most + 1      # zeros and ones are never unbounded
                 return (s.X > .5 if model.SolCount else None), ceil(max(0, model.ObjBound) - 1e-6)
     except ImportError: reason = "it is not installed"
     except gp.GurobiError as e: reason = str(e)
@@ -160,7 +160,7 @@ def swap_search(near: np.ndarray,        # (N, N) bool, symmetric
         weight[count == 0] += 1
     return centres if (count > 0).all() else None
 
-# %% ../../nbs/covering/11_set_cover.ipynb #61c7b07a
+# %% ../../nbs/covering/11_set_cover.ipynb #379da4aa
 def solve_cover(near: np.ndarray,         # (N, N) bool, symmetric
                 deadline: float = inf,    # time.monotonic() at which to stop
                 solver: str = "auto",     # one of `SOLVERS`; "lp" solves no program, "greedy" no LP either
@@ -168,8 +168,10 @@ def solve_cover(near: np.ndarray,         # (N, N) bool, symmetric
                ) -> tuple[list[int], int]:   # a cover, a proven lower bound on its size
     "The smallest cover that can be found in the time, and what was proven about it."
     from scipy.sparse.csgraph import connected_components
-    parts, part_of = connected_components(_sparse(near), directed=False)
+    from scipy.sparse import csr_matrix
+    parts, part_of = connected_components(csr_matrix(near), directed=False)
     order = np.split(np.argsort(part_of, kind="stable"), np.cumsum(np.bincount(part_of))[:-1])
+    order.sort(key=len)                                          # small parts take no time, and leave theirs to the large ones
     centres, lower = [], 0
     for done, part in enumerate(order):
         share = time.monotonic() + (deadline - time.monotonic()) / (parts - done)
@@ -185,8 +187,13 @@ def _solve_part(near, deadline, solver, seed):
     if solver != "greedy" and lower < len(best):
         bound, rows, _ = lp_bound(near, rows, enough=len(best) - 1, deadline=deadline)
         lower = max(lower, ceil(bound - 1e-6))
-    half = time.monotonic() + (deadline - time.monotonic()) / 2
-    while lower < len(best) and (fewer := swap_search(near, best[:-1], min(20_000, 50 * len(near)), seed, half)): best = pruned(near, fewer)
+    half, share = time.monotonic() + (deadline - time.monotonic()) / 2, .5
+    while lower < len(best):
+        target = min(len(best) - 1, int(len(best) - share * (len(best) - lower)))          # aim far, then less far
+        found = swap_search(near, best[:target], min(20_000, 50 * len(near)) // (1 if target == len(best) - 1 else 4), seed, half)
+        if found: best = pruned(near, found)
+        elif target == len(best) - 1 or time.monotonic() > half: break
+        else: share /= 2
     if SOLVERS[solver] and lower < len(best):
         found, low = min_cover(near, rows, len(best) - 1, deadline, solver)
         best, lower = found or best, max(lower, low)
@@ -202,7 +209,7 @@ def apart(near: np.ndarray,      # (N, N) bool, symmetric
             free[near[near[i]].any(0)] = False
     return np.array(chosen)
 
-# %% ../../nbs/covering/11_set_cover.ipynb #95aaf579
+# %% ../../nbs/covering/11_set_cover.ipynb #1dfce9e3
 @dataclass(frozen=True)
 class ClassCover:
     "What is known about the cover of one class."
@@ -231,9 +238,9 @@ class Cover:
 
     @property
     def gap(self) -> float:
-        "How far from optimal it may be: (reached - lower_bound) / reached."
+        "How far from optimal it may be: 1 - lower_bound / reached."
         reached = len(self) if self.problem == "eta" else self.radius
-        return 0. if self.lower_bound >= reached else (reached - self.lower_bound) / reached
+        return 0. if self.lower_bound >= reached else 1 - self.lower_bound / reached
 
     def weights(self,
                 kind: str = "ball",   # 'ball' or 'assigned'
@@ -252,7 +259,8 @@ class Cover:
         check(len(space) == n, f"points must be the {n} that were covered, got {len(space)}")
         check(len(self.indices.unique()) == len(self) and 0 <= self.indices.min() and self.indices.max() < n, "indices must be different points of the set")
         key, nearest = space.nearest(self.indices)
-        check(abs(space.distance(key.max()).item() - self.radius) <= TIE * self.radius, f"the radius is {space.distance(key.max()):.6g}, not {self.radius:.6g}")
+        radius = space.distance(key.max()).item()
+        check(radius == self.radius or abs(radius - self.radius) <= TIE * self.radius, f"the radius is {radius:.6g}, not {self.radius:.6g}")
         far = int((key > space.key_of(self.eta)).sum())
         check(not far, f"{far} points lie outside every ball of radius {self.eta:.6g}")
         check(torch.equal(nearest, self.assignment), "a point is assigned to a centre that is not its nearest")
@@ -283,7 +291,7 @@ def cover_of(space: Space,         # the points; with labels if a point may only
                  eta=float(radius if eta is None else eta), assignment=assignment, balls=balls, norm=space.norm,
                  by_label=space.labels is not None, per_class=tuple(per_class))
 
-# %% ../../nbs/covering/11_set_cover.ipynb #ad6fe896
+# %% ../../nbs/covering/11_set_cover.ipynb #754d417f
 def farthest_first(space: Space,
                    most: int,           # points to choose at most
                    start: int = 0,      # the first one
@@ -291,11 +299,14 @@ def farthest_first(space: Space,
                   ) -> tuple[list[int], list, Tensor]:   # chosen, key of each to those before it, (N,) key of every point to the chosen
     "Start anywhere, take the farthest point, again (Gonzalez 1985). Equal points are told apart, so none is chosen twice."
     chosen, reach, key = [], [], torch.full((len(space),), never(space.dtype), dtype=space.dtype, device=space.device)
+    labels = [None] * len(space) if space.labels is None else space.labels.tolist()
+    if space.labels is None: within = {None: list(space.bands(1))}
+    else: within = {c: (space.labels == c).nonzero()[:, 0].split(next(space.bands(1)).stop) for c in set(labels)}     # a centre changes its own label only
     free, c = torch.ones_like(key, dtype=torch.bool), start
     while len(chosen) < most and (not chosen or key.max() > until):
         chosen.append(c); reach.append(key[c].item()); free[c] = False
         here = torch.tensor([c], device=space.device)
-        key = torch.minimum(key, torch.cat([space.keys(s, here)[:, 0] for s in space.bands(1)]))
+        for part in within[labels[c]]: key[part] = torch.minimum(key[part], space.keys(part, here)[:, 0])
         c = int(torch.where(free, key, -1).argmax())
     return chosen, reach, key.cpu()
 

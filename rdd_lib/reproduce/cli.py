@@ -167,7 +167,7 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote"),
             s = summary([100 * getattr(o, w) for o in outcomes])
             typer.echo(f"  {word:<6} {s.mean:.2f} ± {s.sd:.2f} % over {s.n} seeds")
 
-# %% ../../nbs/reproduce/55_cli.ipynb #e43774c2
+# %% ../../nbs/reproduce/55_cli.ipynb #1eed3c33
 @app.command(epilog=_examples("reproduce"))
 def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), or all; see `rdd list papers`"),
               profile: str = typer.Option("smoke", help="smoke: minutes on two cores; cpu: an hour or so; paper: the paper's own settings, one GPU"),
@@ -180,7 +180,7 @@ def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), o
     from rdd_lib.reproduce.runner import reproduce as run
     for path in run(item, profile, parse_settings(set_), figures, resume):
         csv = path.with_suffix(".csv")
-        if csv.exists(): typer.echo(f"\n{path.stem}\n{to_text(pd.read_csv(csv))}")
+        if csv.exists(): typer.echo(f"\n{path.stem}\n{to_text(pd.read_csv(csv), 1)}")
         typer.echo("\n".join(f"  {p}" for p in sorted(path.parent.glob(f"{path.stem}.*")) if ".failed" not in p.name))
 
 # %% ../../nbs/reproduce/55_cli.ipynb #c3ecf901

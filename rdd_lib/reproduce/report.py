@@ -165,14 +165,14 @@ def _compared(values, number, level, runs):
     return {"ours": a.mean, "ours_sd": a.sd, "n": a.n, "published": b.mean, "published_sd": b.sd, "published_n": b.n,
             "difference": a.mean - b.mean, "lo": lo, "hi": hi, "note": "; ".join(notes)}
 
-# %% ../../nbs/reproduce/52_report.ipynb #0bded568
-def to_text(df,                          # any DataFrame; one from `beside` gets mean ± sd [n] in one column
+# %% ../../nbs/reproduce/52_report.ipynb #5e8fb0b0
+def to_text(df,                          # any DataFrame; one from `beside` gets mean ± sd [n] in one column, one with <score>_lo and _hi score [lo, hi]
             digits: int = 2,             # after the point
            ) -> str:
     "A table for the terminal."
     import pandas as pd
     if not {"ours", "ours_sd", "published", "published_sd", "difference"} <= set(df.columns):
-        return df.to_string(index=False, float_format=f"%.{digits}f", na_rep="-")
+        return _folded(df, digits).to_string(index=False, float_format=f"%.{digits}f", na_rep="-")
     told = pd.DataFrame({c: df[c] for c in df.columns[:list(df.columns).index("ours")]})
     told["ours"] = [_spread(m, s, n, digits) for m, s, n in zip(df.ours, df.ours_sd, df.n, strict=True)]
     told["published"] = [_spread(m, s, n, digits) for m, s, n in zip(df.published, df.published_sd, df.published_n, strict=True)]
@@ -180,6 +180,14 @@ def to_text(df,                          # any DataFrame; one from `beside` gets
                           for d, lo, hi in zip(df.difference, df.lo, df.hi, strict=True)]
     told["note"] = df["note"]
     return told.to_string(index=False)
+
+def _folded(df, digits):
+    "Scores with their interval in one column."
+    told = df.copy()
+    for c in [c for c in df if {f"{c}_lo", f"{c}_hi"} <= set(df.columns)]:
+        told[c] = [f"{v:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]" for v, lo, hi in zip(df[c], df[f"{c}_lo"], df[f"{c}_hi"], strict=True)]
+        told = told.drop(columns=[f"{c}{end}" for end in ("_lo", "_hi", "_sd", "_n") if f"{c}{end}" in told])
+    return told
 
 def _spread(mean, sd, n, digits):
     if mean != mean: return "-"
