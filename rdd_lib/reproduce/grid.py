@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['product', 'table', 'CellError', 'cores', 'split_cores', 'run_grid']
 
-# %% ../../nbs/reproduce/51_grid.ipynb #f162dc01
+# %% ../../nbs/reproduce/51_grid.ipynb #c43b06e6
 import os, pickle, time
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,8 +13,7 @@ from functools import partial
 from itertools import product as _combinations
 from multiprocessing import get_context
 import torch
-from tqdm.auto import tqdm
-from ..core import BadArgument, RddError, Unwritable, check, describe, lookup
+from ..core import BadArgument, RddError, Unwritable, check, describe, lookup, progress as bar_over
 from .store import CellKey, CellStore, device_used
 
 # %% ../../nbs/reproduce/51_grid.ipynb #7d74a939
@@ -145,7 +144,7 @@ def _as_done(futures, pause=.1):
             if not done: time.sleep(pause)
             for f in done: waiting.remove(f); yield f
 
-# %% ../../nbs/reproduce/51_grid.ipynb #bf898968
+# %% ../../nbs/reproduce/51_grid.ipynb #2d824b45
 def run_grid(cells: list[dict],                      # the arguments of each cell: plain data and frozen dataclasses of it
              fn,                                     # pure: `fn(**cell)` depends on its arguments alone and returns plain data
              store: CellStore | None = None,         # None: the store in the default folder
@@ -171,7 +170,8 @@ def run_grid(cells: list[dict],                      # the arguments of each cel
     missing = {d: kc for d, kc in missing.items() if d not in found}
     if missing: store.require_writable()
     name = getattr(fn, "__name__", type(fn).__name__)
-    with tqdm(total=len(missing) + len(found), initial=len(found), disable=not progress, desc=name, unit="cell") as bar:
+    hidden = {} if progress else {"disable": True}
+    with bar_over(total=len(missing) + len(found), initial=len(found), desc=name, unit="cell", delay=0, leave=True, **hidden) as bar:
         bar.set_postfix(stored=len(found))
         if missing:
             with _executor(executor, fn, missing, workers, threads) as pool: found |= _compute(pool, fn, missing, store, on_error, bar)
