@@ -167,7 +167,7 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote"),
             s = summary([100 * getattr(o, w) for o in outcomes])
             typer.echo(f"  {word:<6} {s.mean:.2f} ± {s.sd:.2f} % over {s.n} seeds")
 
-# %% ../../nbs/reproduce/55_cli.ipynb #1eed3c33
+# %% ../../nbs/reproduce/55_cli.ipynb #9b9111cd
 @app.command(epilog=_examples("reproduce"))
 def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), or all; see `rdd list papers`"),
               profile: str = typer.Option("smoke", help="smoke: minutes on two cores; cpu: an hour or so; paper: the paper's own settings, one GPU"),
@@ -180,18 +180,18 @@ def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), o
     from rdd_lib.reproduce.runner import reproduce as run
     for path in run(item, profile, parse_settings(set_), figures, resume):
         csv = path.with_suffix(".csv")
-        if csv.exists(): typer.echo(f"\n{path.stem}\n{to_text(pd.read_csv(csv), 1)}")
+        if csv.exists(): typer.echo(f"\n{path.stem}\n{to_text(pd.read_csv(csv), None)}")
         typer.echo("\n".join(f"  {p}" for p in sorted(path.parent.glob(f"{path.stem}.*")) if ".failed" not in p.name))
 
-# %% ../../nbs/reproduce/55_cli.ipynb #c3ecf901
+# %% ../../nbs/reproduce/55_cli.ipynb #fbd68316
 def main() -> None:
     "The `rdd` command: a refusal is one sentence on stderr and exit code 2, an interruption exit code 130."
     import logging
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try: app(standalone_mode=True)
+    try: app()
     except RddError as e:
         typer.echo(f"rdd: {e}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("rdd: interrupted; what was finished is kept, and the same command goes on from there", err=True)
-        sys.exit(130)
+    except SystemExit as e:                                  # typer has turned Ctrl-C into exit code 130
+        if e.code == 130: typer.echo("rdd: interrupted; what was finished is kept, and the same command goes on from there", err=True)
+        raise

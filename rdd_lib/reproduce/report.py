@@ -165,14 +165,16 @@ def _compared(values, number, level, runs):
     return {"ours": a.mean, "ours_sd": a.sd, "n": a.n, "published": b.mean, "published_sd": b.sd, "published_n": b.n,
             "difference": a.mean - b.mean, "lo": lo, "hi": hi, "note": "; ".join(notes)}
 
-# %% ../../nbs/reproduce/52_report.ipynb #5e8fb0b0
+# %% ../../nbs/reproduce/52_report.ipynb #c2c30819
 def to_text(df,                          # any DataFrame; one from `beside` gets mean ± sd [n] in one column, one with <score>_lo and _hi score [lo, hi]
-            digits: int = 2,             # after the point
+            digits: int | None = 2,      # after the point; None: four significant digits
            ) -> str:
     "A table for the terminal."
     import pandas as pd
     if not {"ours", "ours_sd", "published", "published_sd", "difference"} <= set(df.columns):
-        return _folded(df, digits).to_string(index=False, float_format=f"%.{digits}f", na_rep="-")
+        number = "%.4g" if digits is None else f"%.{digits}f"
+        return _folded(df, number).to_string(index=False, float_format=number, na_rep="-")
+    digits = 2 if digits is None else digits
     told = pd.DataFrame({c: df[c] for c in df.columns[:list(df.columns).index("ours")]})
     told["ours"] = [_spread(m, s, n, digits) for m, s, n in zip(df.ours, df.ours_sd, df.n, strict=True)]
     told["published"] = [_spread(m, s, n, digits) for m, s, n in zip(df.published, df.published_sd, df.published_n, strict=True)]
@@ -181,11 +183,11 @@ def to_text(df,                          # any DataFrame; one from `beside` gets
     told["note"] = df["note"]
     return told.to_string(index=False)
 
-def _folded(df, digits):
+def _folded(df, number):
     "Scores with their interval in one column."
     told = df.copy()
     for c in [c for c in df if {f"{c}_lo", f"{c}_hi"} <= set(df.columns)]:
-        told[c] = [f"{v:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]" for v, lo, hi in zip(df[c], df[f"{c}_lo"], df[f"{c}_hi"], strict=True)]
+        told[c] = [f"{number} [{number}, {number}]" % (v, lo, hi) for v, lo, hi in zip(df[c], df[f"{c}_lo"], df[f"{c}_hi"], strict=True)]
         told = told.drop(columns=[f"{c}{end}" for end in ("_lo", "_hi", "_sd", "_n") if f"{c}{end}" in told])
     return told
 
