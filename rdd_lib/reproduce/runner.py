@@ -186,7 +186,7 @@ def _parameters(item, profile, settings, out, resume):
     check(resume or "resume" in defaults, f"resume=False was asked for, but {item.name!r} has no parameter 'resume'")
     return {"profile": profile, "out": str(out)} | ({"resume": resume} if "resume" in defaults else {}) | typed_settings(item.name, defaults, settings)
 
-# %% ../../nbs/reproduce/53_runner.ipynb #c665750a
+# %% ../../nbs/reproduce/53_runner.ipynb #286018c9
 def _run(item, parameters, kernel, figures):
     "Runs one notebook and returns where it was written."
     import nbformat
@@ -214,7 +214,7 @@ def _execute(nb, ran, parameters, kernel):
     from traitlets.config import Config
     quiet = Config(KernelManager={"transport_encryption": "auto"})         # else the kernel warns that its channel is not encrypted
     with (nullcontext(kernel) if kernel else this_python()) as name:
-        try: papermill.execute_notebook(nb, str(ran), parameters, kernel_name=name, language="python", progress_bar=True, stderr_file=sys.stderr, config=quiet)
+        try: papermill.execute_notebook(nb, str(ran), parameters, kernel_name=name, language="python", progress_bar=True, stderr_file=sys.stderr if sys.stderr.isatty() else None, config=quiet)
         except Exception as e:
             if getattr(e, "ename", "") == "KeyboardInterrupt": raise KeyboardInterrupt from e    # the interrupt reached the kernel first
             return e
