@@ -163,9 +163,10 @@ def require_writable(path) -> Path:
     Path(_temporary(path)).unlink()
     return path
 
-# %% ../nbs/00_core.ipynb #364d81a8
-def progress(iterable=None, **settings):
-    "A `tqdm` bar that appears after two seconds and leaves no trace; `settings` are tqdm's (`total`, `desc`, ...)."
+# %% ../nbs/00_core.ipynb #41a60fb1
+def progress(iterable=None, show: bool = True, **settings):
+    "A `tqdm` bar that appears after two seconds and leaves no trace; `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it."
+    if not show: settings["disable"] = True              # left out otherwise: TQDM_DISABLE=1 in the environment hides all bars
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # without ipywidgets, tqdm falls back to a text bar: no need to complain
         from tqdm.auto import tqdm

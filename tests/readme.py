@@ -5,6 +5,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 index = nbformat.read(Path(__file__).parents[1] / "nbs" / "index.ipynb", 4)
+index.metadata["language_info"] = {"name": "python"}
 text, _ = MarkdownExporter().from_notebook_node(index)
 lines = [line.rstrip() for line in text.replace("](../", "](").replace('src="../', 'src="').splitlines()]
 sys.stdout.write("\n".join(lines).strip() + "\n")

@@ -192,7 +192,7 @@ def _solve(space, k, deadline, gap, solver, seed, starts):
     if len(space) <= FULL: return _solve_small(space, k, deadline, gap, solver, seed, starts)
     return _solve_large(space, k, deadline, starts, seed)
 
-# %% ../../nbs/covering/12_k_center.ipynb #5458af30
+# %% ../../nbs/covering/12_k_center.ipynb #7c45d316
 BUDGETS = ("per_class", "total", "joint")
 
 def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
@@ -230,7 +230,7 @@ def _per_class(space, k, deadline, gap, solver, seed, starts, progress):
     "k centres in every class, each class with its share of the time."
     labels, centres, classes = space.labels.unique().tolist(), [], []
     for c in labels: _check_k(k, space.take((space.labels == c).nonzero()[:, 0]), f"k per class (label {c})")
-    for done, c in enumerate(bar(labels, desc=f"{k}-MCS", unit="class", disable=not progress or len(labels) == 1)):
+    for done, c in enumerate(bar(labels, desc=f"{k}-MCS", unit="class", show=progress and len(labels) > 1)):
         part = (space.labels == c).nonzero()[:, 0].cpu()
         sub, now = space.take(part), time.monotonic()
         chosen, lower = _solve(sub, k, now + (deadline - now) / (len(labels) - done), gap, solver, seed, starts)

@@ -327,7 +327,7 @@ def check_limits(time_limit, solver) -> None:
     check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
     lookup(solver, SOLVERS, "solver")
 
-# %% ../../nbs/covering/11_set_cover.ipynb #d853c02d
+# %% ../../nbs/covering/11_set_cover.ipynb #fce2fe38
 def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
             eta: float = None,        # radius of the balls, >= 0, in units of the points (pixels from 0 to 1)
             *, distances=None,        # (N, N) instead of points
@@ -346,7 +346,7 @@ def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are
     check_limits(time_limit, solver)
     space, start = space_of(points, distances, norm, labels, device), time.monotonic()
     parts, centres, classes = _parts(space), [], []
-    for done, (label, part) in enumerate(bar(parts, desc="eta-MCS", unit="class", disable=not progress or len(parts) == 1)):
+    for done, (label, part) in enumerate(bar(parts, desc="eta-MCS", unit="class", show=progress and len(parts) > 1)):
         now = time.monotonic()
         sub = space.take(part)
         c, low = _cover_by(sub, eta, now + (start + time_limit - now) / (len(parts) - done), solver, seed)

@@ -144,7 +144,7 @@ def _as_done(futures, pause=.1):
             if not done: time.sleep(pause)
             for f in done: waiting.remove(f); yield f
 
-# %% ../../nbs/reproduce/51_grid.ipynb #2d824b45
+# %% ../../nbs/reproduce/51_grid.ipynb #7335f1e1
 def run_grid(cells: list[dict],                      # the arguments of each cell: plain data and frozen dataclasses of it
              fn,                                     # pure: `fn(**cell)` depends on its arguments alone and returns plain data
              store: CellStore | None = None,         # None: the store in the default folder
@@ -170,8 +170,7 @@ def run_grid(cells: list[dict],                      # the arguments of each cel
     missing = {d: kc for d, kc in missing.items() if d not in found}
     if missing: store.require_writable()
     name = getattr(fn, "__name__", type(fn).__name__)
-    hidden = {} if progress else {"disable": True}
-    with bar_over(total=len(missing) + len(found), initial=len(found), desc=name, unit="cell", delay=0, leave=True, **hidden) as bar:
+    with bar_over(total=len(missing) + len(found), initial=len(found), desc=name, unit="cell", delay=0, leave=True, show=progress) as bar:
         bar.set_postfix(stored=len(found))
         if missing:
             with _executor(executor, fn, missing, workers, threads) as pool: found |= _compute(pool, fn, missing, store, on_error, bar)

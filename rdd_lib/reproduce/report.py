@@ -165,7 +165,7 @@ def _compared(values, number, level, runs):
     return {"ours": a.mean, "ours_sd": a.sd, "n": a.n, "published": b.mean, "published_sd": b.sd, "published_n": b.n,
             "difference": a.mean - b.mean, "lo": lo, "hi": hi, "note": "; ".join(notes)}
 
-# %% ../../nbs/reproduce/52_report.ipynb #c2c30819
+# %% ../../nbs/reproduce/52_report.ipynb #38b23043
 def to_text(df,                          # any DataFrame; one from `beside` gets mean ± sd [n] in one column, one with <score>_lo and _hi score [lo, hi]
             digits: int | None = 2,      # after the point; None: four significant digits
            ) -> str:
@@ -180,7 +180,7 @@ def to_text(df,                          # any DataFrame; one from `beside` gets
     told["published"] = [_spread(m, s, n, digits) for m, s, n in zip(df.published, df.published_sd, df.published_n, strict=True)]
     told["difference"] = ["-" if d != d else f"{d:+.{digits}f}" + (f" [{lo:+.{digits}f}, {hi:+.{digits}f}]" if lo == lo else "")
                           for d, lo, hi in zip(df.difference, df.lo, df.hi, strict=True)]
-    told["note"] = df["note"]
+    told["note"] = df["note"].fillna("")
     return told.to_string(index=False)
 
 def _folded(df, number):
