@@ -33,7 +33,7 @@ class KCenterGreedy(Compressor):
         cover = cover_of(space, torch.cat(picked), lower)
         return {"indices": torch.cat(picked), "radius": cover.radius, "lower_bound": cover.lower_bound}
 
-# %% ../../nbs/coresets/21_covering.ipynb #ddeb5f72
+# %% ../../nbs/coresets/21_covering.ipynb #b1147191
 @method("minimal_coreset", "Chen & Selvan 2024 (MCS paper), Theorem 1", alias="mcs")
 @dataclass(frozen=True)
 class MinimalCoreset(Compressor):
@@ -42,9 +42,10 @@ class MinimalCoreset(Compressor):
     budget: str = "per_class"          # "per_class": ipc in each; "total": all share one radius, the split follows; "joint": labels are ignored
     weights: str | None = "assigned"   # q of Definition 5: "assigned", "ball", or None for equal weights
     time_limit: float = 60.            # seconds for all classes together
+    solver: str = "auto"               # "auto" goes on until proven or out of time; "lp" stops earlier, and gives the same images on any machine
 
     def __post_init__(self):
-        check_norm(self.norm); check_limits(self.time_limit, "auto")
+        check_norm(self.norm); check_limits(self.time_limit, self.solver)
         check(self.weights in ("assigned", "ball", None), f"weights must be 'assigned', 'ball' or None, got {self.weights!r}")
         check(self.budget in ("per_class", "total", "joint"), f"budget must be 'per_class', 'total' or 'joint', got {self.budget!r}")
 
@@ -52,6 +53,6 @@ class MinimalCoreset(Compressor):
         per_class = self.budget == "per_class"
         check(not per_class or len(set(counts)) == 1, f"budget='per_class' needs the same number for each class, got {counts}; give ipc=, or use budget='total'")
         cover = k_mcs(data.x, counts[0] if per_class else sum(counts), norm=self.norm, labels=data.y, budget=self.budget,
-                      time_limit=self.time_limit, seed=seed, device=device_of(device))
+                      time_limit=self.time_limit, solver=self.solver, seed=seed, device=device_of(device))
         q = {} if self.weights is None else {"weights": cover.weights(self.weights).float()}
         return {"indices": cover.indices, "radius": cover.radius, "lower_bound": cover.lower_bound} | q

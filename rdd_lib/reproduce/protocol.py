@@ -86,13 +86,13 @@ def score(data: str,                   # name of the data set
     return {"std": std.std, "std_hits": int(std.correct.sum()), "rob": rob.rob, "rob_hits": int(rob.survived.sum()), "rob_clean": rob.std, "n_test": len(test),
             "images": len(S), "radius": getattr(S, "radius", None), "lower_bound": getattr(S, "lower_bound", None), "forward_samples": rob.forward_samples}
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #bfe9d15d
+# %% ../../nbs/reproduce/54_protocol.ipynb #b1b3d6e9
 NARROW = Net("convnet", dict(width=8))
-PLANS = {  # profile: (seeds, protocol, DM, seconds for one MCS)
+PLANS = {  # profile: (seeds, protocol, DM, MCS)
     "smoke": (2, Protocol(NARROW, Trainer(steps=120, lr=.05), train_steps=5, n_test=300),
-              DistributionMatching(iterations=200, batch_real=64, net=NARROW), 12.),
-    "cpu": (3, Protocol(n_test=1000), DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))), 600.),
-    "paper": (3, Protocol(), DistributionMatching(), 3600.)}
+              DistributionMatching(iterations=200, batch_real=64, net=NARROW), MinimalCoreset(solver="lp")),
+    "cpu": (3, Protocol(n_test=1000), DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))), MinimalCoreset(time_limit=600.)),
+    "paper": (3, Protocol(), DistributionMatching(), MinimalCoreset(time_limit=3600.))}
 
 @dataclass(frozen=True)
 class Row:
@@ -105,8 +105,7 @@ class Row:
 
 def mcs_rows(profile: str = "smoke") -> list[Row]:
     "The rows of the MCS paper that can be run today."
-    _, _, dm, seconds = lookup(profile, PLANS, "profile")
-    mcs = MinimalCoreset(time_limit=seconds)
+    _, _, dm, mcs = lookup(profile, PLANS, "profile")
     rows = [Row("Raw", "full set", None), Row("Rand", "coreset", Random(), redrawn=True), Row("MCS", "coreset", mcs), Row("DM", "condensation", dm),
             Row("MCS, equal weights", "coreset", mcs, weighted=False), Row("k-center", "coreset", KCenterGreedy())]
     return [r for r in rows if r.weighted or profile != "smoke"]

@@ -165,14 +165,14 @@ def _compared(values, number, level, runs):
     return {"ours": a.mean, "ours_sd": a.sd, "n": a.n, "published": b.mean, "published_sd": b.sd, "published_n": b.n,
             "difference": a.mean - b.mean, "lo": lo, "hi": hi, "note": "; ".join(notes)}
 
-# %% ../../nbs/reproduce/52_report.ipynb #38b23043
+# %% ../../nbs/reproduce/52_report.ipynb #8ba46c94
 def to_text(df,                          # any DataFrame; one from `beside` gets mean ± sd [n] in one column, one with <score>_lo and _hi score [lo, hi]
             digits: int | None = 2,      # after the point; None: four significant digits
            ) -> str:
     "A table for the terminal."
     import pandas as pd
     if not {"ours", "ours_sd", "published", "published_sd", "difference"} <= set(df.columns):
-        number = "%.4g" if digits is None else f"%.{digits}f"
+        number = "%#.4g" if digits is None else f"%.{digits}f"
         return _folded(df, number).to_string(index=False, float_format=number, na_rep="-")
     digits = 2 if digits is None else digits
     told = pd.DataFrame({c: df[c] for c in df.columns[:list(df.columns).index("ours")]})
