@@ -67,7 +67,7 @@ def test_no_gpu_though_asked(tmp_path):
 
 
 def test_an_interrupted_distiller_goes_on_to_the_same_bytes(tmp_path):
-    words = ["compress", "dm", "mnist5k", "--ipc", "1", "--set", "iterations=130", "--set", "batch_real=2", "--set", "net.name=mlp", "--set", "augment=crop"]
+    words = ["compress", "dm", "mnist5k", "--ipc", "1", "--set", "iterations=1500", "--set", "batch_real=2", "--set", "net.name=mlp", "--set", "augment=crop"]
     run = subprocess.Popen([RDD, *words, "-o", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     while not (tmp_path / "cut.checkpoint").exists() and run.poll() is None: time.sleep(.05)
     run.send_signal(signal.SIGINT)

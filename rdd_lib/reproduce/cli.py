@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPILOG', 'app', 'LISTS', 'OBJECTIVES', 'parse_settings', 'list_', 'compress', 'show', 'score', 'reproduce', 'main']
 
-# %% ../../nbs/reproduce/55_cli.ipynb #9f90c2dc
-import sys
+# %% ../../nbs/reproduce/55_cli.ipynb #b7f76d77
+import os, sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Optional
@@ -109,7 +109,7 @@ def show(path: Path = typer.Argument(help="a file that `rdd compress` wrote"),
         with atomic(picture) as tmp: made.show(per_class).savefig(tmp, dpi=150)
         typer.echo(f"picture in {picture}")
 
-# %% ../../nbs/reproduce/55_cli.ipynb #9f5120b7
+# %% ../../nbs/reproduce/55_cli.ipynb #9215f843
 OBJECTIVES = ("standard", "adversarial", "generalized")
 
 def _objective(train, threat, S, eta):
@@ -132,9 +132,9 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote"),
           train: str = typer.Option("adversarial", help=f"the objective: {', '.join(OBJECTIVES)}"),
           attack: str = typer.Option("paper", help="the judge, see `rdd list attacks`"),
           threat: Optional[str] = typer.Option(None, help="linf:.1, linf:8/255, l2:.84; default: the papers' for this data set", show_default=False),
-          net: str = typer.Option("convnet", help="the student, see `rdd list models`"),
+          net: str = typer.Option("lenet", help="the student, see `rdd list models`; lenet is quick without a GPU"),
           seeds: int = typer.Option(1, help="how many students"),
-          n_test: int = typer.Option(1000, help="stratified test images; 0 for all"),
+          n_test: int = typer.Option(300, help="stratified test images; 0 for all"),
           eta: float = typer.Option(0., help="generalized training: added to the radius"),
           device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N"),
           set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the training: name=value (epochs, steps, lr, batch, ...)", show_default=False)):
@@ -167,7 +167,7 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote"),
             s = summary([100 * getattr(o, w) for o in outcomes])
             typer.echo(f"  {word:<6} {s.mean:.2f} ± {s.sd:.2f} % over {s.n} seeds")
 
-# %% ../../nbs/reproduce/55_cli.ipynb #9b9111cd
+# %% ../../nbs/reproduce/55_cli.ipynb #f10365f2
 @app.command(epilog=_examples("reproduce"))
 def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), or all; see `rdd list papers`"),
               profile: str = typer.Option("smoke", help="smoke: minutes on two cores; cpu: an hour or so; paper: the paper's own settings, one GPU"),
@@ -181,7 +181,7 @@ def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), o
     for path in run(item, profile, parse_settings(set_), figures, resume):
         csv = path.with_suffix(".csv")
         if csv.exists(): typer.echo(f"\n{path.stem}\n{to_text(pd.read_csv(csv), None)}")
-        typer.echo("\n".join(f"  {p}" for p in sorted(path.parent.glob(f"{path.stem}.*")) if ".failed" not in p.name))
+        typer.echo("\n".join(f"  {os.path.relpath(p)}" for p in sorted(path.parent.glob(f"{path.stem}.*")) if ".failed" not in p.name))
 
 # %% ../../nbs/reproduce/55_cli.ipynb #fbd68316
 def main() -> None:
