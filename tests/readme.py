@@ -1,4 +1,5 @@
 """nbs/index.ipynb as the README.md of the top folder, on standard output."""
+import re
 import sys
 from pathlib import Path
 import nbformat
@@ -7,5 +8,6 @@ from nbconvert import MarkdownExporter
 index = nbformat.read(Path(__file__).parents[1] / "nbs" / "index.ipynb", 4)
 index.metadata["language_info"] = {"name": "python"}
 text, _ = MarkdownExporter().from_notebook_node(index)
-lines = [line.rstrip() for line in text.replace("](../", "](").replace('src="../', 'src="').splitlines()]
+text = re.sub(r"\]\((?!\.\./|https?:|#)", "](nbs/", text).replace("](../", "](")          # links in the index start from nbs/
+lines = [line.rstrip() for line in text.splitlines()]
 sys.stdout.write("\n".join(lines).strip() + "\n")
