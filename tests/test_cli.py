@@ -68,7 +68,8 @@ def test_no_gpu_though_asked(tmp_path):
 
 def test_an_interrupted_distiller_goes_on_to_the_same_bytes(tmp_path):
     words = ["compress", "dm", "mnist5k", "--ipc", "1", "--set", "iterations=1500", "--set", "batch_real=2", "--set", "net.name=mlp", "--set", "augment=crop"]
-    run = subprocess.Popen([RDD, *words, "-o", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    run = subprocess.Popen([RDD, *words, "-o", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"},
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a shell starts background jobs with Ctrl-C ignored
     while not (tmp_path / "cut.checkpoint").exists() and run.poll() is None: time.sleep(.05)
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=60)
