@@ -29,7 +29,7 @@ class Part:
     key: float          # the radius, as a key: see the page on distances
     leaves: tuple       # of `Leaf`: together their paths are all cases
 
-# %% ../../nbs/covering/11_certificate.ipynb #08c02a5f
+# %% ../../nbs/covering/11_certificate.ipynb #03841d25
 @dataclass(frozen=True, eq=False)
 class Certificate:
     "Proof of a lower bound, by weights that can be added up again."
@@ -48,8 +48,8 @@ class Certificate:
         "As a flat dict of tensors, for a file."
         leaves = [(p, leaf) for p, part in enumerate(self.parts) for leaf in part.leaves]
         whole = all(isinstance(part.key, int) for part in self.parts)
-        return {"problem": torch.tensor([self.problem == "eta", self.by_label, self.bytes]), "norm": torch.tensor(self.norm or 0., dtype=torch.float64),
-                "labels": torch.tensor([-1 if part.label is None else part.label for part in self.parts]), "sizes": torch.tensor([part.size for part in self.parts]),
+        return {"problem": torch.tensor([self.problem == "eta", self.by_label, self.bytes, self.parts[0].label is not None]), "norm": torch.tensor(self.norm or 0., dtype=torch.float64),
+                "labels": torch.tensor([part.label or 0 for part in self.parts]), "sizes": torch.tensor([part.size for part in self.parts]),
                 "keys": torch.tensor([part.key for part in self.parts], dtype=torch.int64 if whole else torch.float64),
                 "leaf_part": torch.tensor([p for p, _ in leaves]), "leaf_length": torch.tensor([len(leaf.weights) for _, leaf in leaves]),
                 "pairs": torch.cat([leaf.pairs for _, leaf in leaves]), "weights": torch.cat([leaf.weights for _, leaf in leaves]),
@@ -66,16 +66,17 @@ class Certificate:
         pairs, weights = (tensors[n].split(t["leaf_length"]) for n in ("pairs", "weights"))
         paths = [tuple((i, j, bool(s)) for i, j, s in t["paths"][end - n:end]) for n, end in zip(t["path_length"], torch.tensor(t["path_length"]).cumsum(0).tolist())]
         leaves = [Leaf(*parts) for parts in zip(pairs, weights, paths)]
-        parts = [Part(None if label < 0 else label, size, key, tuple(leaf for leaf, at in zip(leaves, t["leaf_part"]) if at == p))
+        eta, by_label, whole, labelled = t["problem"]
+        parts = [Part(label if labelled else None, size, key, tuple(leaf for leaf, at in zip(leaves, t["leaf_part"]) if at == p))
                  for p, (label, size, key) in enumerate(zip(t["labels"], t["sizes"], t["keys"]))]
-        eta, by_label, whole = t["problem"]
         return cls(tuple(parts), "eta" if eta else "k", t["norm"] or None, by_label, whole)
 
-# %% ../../nbs/covering/11_certificate.ipynb #18f19df5
+# %% ../../nbs/covering/11_certificate.ipynb #750704e7
 def verify_certificate(points,             # (N, d) or (N, C, H, W): the points that were covered, as they were given
                        certificate,        # `Certificate`, or the dict of its tensors
                        labels=None,        # (N,): their labels, where they were covered by label
-                       *, distances=None,  # (N, N) instead of points
+                       *, k: int = None,   # the number of chosen points (per class, if it was per class) that a bound on the radius has to be about
+                       distances=None,     # (N, N) instead of points
                        embed=None,         # the model between whose outputs distances were measured
                        device="cpu",       # where distances are computed
                       ) -> float:          # the lower bound: of the radius ('k'), or of the number of points ('eta')
@@ -88,7 +89,9 @@ def verify_certificate(points,             # (N, d) or (N, C, H, W): the points 
     check(space.bytes == c.bytes, f"the certificate is of {'bytes' if c.bytes else 'floats'}, and so must be the points")
     names = [part.label for part in c.parts]
     check(len(names) > 0 and len(set(names)) == len(names) and (None not in names or len(names) == 1), f"the parts must be of different labels, got {names}")
-    for part in c.parts: _verify_part(space, part, c.problem == "eta")
+    for part in c.parts:
+        check(c.problem == "eta" or part.size > max(1, k or 0), f"the certificate is about {part.size - 1} points, not {k}")
+        _verify_part(space, part, c.problem == "eta")
     if c.problem == "eta": return float(sum(part.size for part in c.parts))
     return max(space.distance(part.key).item() for part in c.parts)
 
@@ -136,7 +139,7 @@ def _verify_leaf(leaf, points, held, size, where):
     fullest = int(weight.max())
     check((size - 1) * fullest < total, f"{size - 1} balls{where} may hold {(size - 1) * fullest} and so all of the weight {total}: fewer than {size} points are not ruled out")
 
-# %% ../../nbs/covering/11_certificate.ipynb #c565a5a6
+# %% ../../nbs/covering/11_certificate.ipynb #3549a9cc
 @dataclass(frozen=True)
 class ClassCover:
     "What is known about the cover of one class."
@@ -197,6 +200,9 @@ class Cover:
         check(torch.equal(nearest, self.assignment), "a point is assigned to a centre that is not its nearest")
         proven = 0. if self.certificate is None else verify_certificate(points, self.certificate, labels, distances=distances, embed=embed)
         check(proven >= self.certified, f"the certificate proves {proven:.6g}, not {self.certified:.6g}")
+        for part in self.certificate.parts if self.certificate and self.problem == "k" else ():
+            k = len(self) if part.label is None else int((space.labels[self.indices] == part.label).sum())
+            check(part.size > k, f"the certificate is about {part.size - 1} points, not {k}")
         return self
 
     def __repr__(self):

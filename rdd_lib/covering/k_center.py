@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'FINE', 'LOOKS', 'NARROW', 'WIDE', 'BUDGETS', 'crowd_bound', 'gonzalez', 'Searcher', 'proven_key', 'Prover',
-           'Closer', 'gap_of', 'k_mcs']
+           'Cases', 'prove_by_cases', 'leaf_weights', 'Closer', 'gap_of', 'k_mcs']
 
-# %% ../../nbs/covering/14_k_center.ipynb #f310bdea
-import logging, threading, time
+# %% ../../nbs/covering/14_k_center.ipynb #59cf87db
+import logging, time
 from math import inf
+from typing import NamedTuple
 import numpy as np
 import torch
 from ..core import check, generator, subseed
-from .certificate import ClassCover, Cover, Part, cover_of
+from .certificate import ClassCover, Cover, Leaf, Part, cover_of
 from .distances import TIE, Rows, Space, space_of
-from .set_cover import (SOLVERS, TRIES, Crew, Standing, Task, check_limits, farthest_first, leaf_of, line_of, lp_bound, min_cover,
+from .set_cover import (SOLVERS, TRIES, _priced, Crew, Standing, Task, check_limits, farthest_first, leaf_of, line_of, lp_bound, min_cover,
                                         number, side_by_side, tasks_of, whole_weights)
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def _check_k(k, space, what="k"):
     classes = 1 if space.labels is None else len(space.labels.unique())
     check(k >= classes, f"{what} = {k} points cannot cover {classes} classes, each by its own")
 
-# %% ../../nbs/covering/14_k_center.ipynb #0bf970a3
+# %% ../../nbs/covering/14_k_center.ipynb #f9aaf63d
 FIRST, FINE = .04, .0005   # steps of the key: from these parts of it, halved at every failure, down to these
 LOOKS = (400, 100, 1000, 200)   # balls that each search looks at for one exchange
 
@@ -61,16 +62,16 @@ class Searcher:
         self.space, self.watched, self.look, self.seed, self.step, self.asked = space, dict.fromkeys(watched, 1), look, seed, FIRST, 0
         self.patience = min(TRIES, 100 * len(space))       # exchanges after which a question is given up
 
-    def go(self, rows: Rows, centres, key, lower, steps: int, over=lambda: False):
-        "(centres, key of their radius) after so many exchanges."
+    def go(self, rows: Rows, centres, key, lower, steps: int, stop=np.zeros(1, np.int64)):
+        "(centres, key of their radius) after so many exchanges, or when `stop[0]` is not 0."
         from rdd_lib.covering.search import find_cover
-        while steps > 0 and key > lower and not over():
+        while steps > 0 and key > lower and not stop[0]:
             target = max(lower, min(self.space.below(key), _scaled(self.space, key, 1 - self.step)))
             self.asked += 1
-            found, reached, used = find_cover(rows, target, centres, self.watched, min(steps, self.patience), 1 + subseed(self.seed, self.asked) % 2**31, self.look)
+            found, reached, used = find_cover(rows, target, centres, self.watched, min(steps, self.patience), 1 + subseed(self.seed, self.asked) % 2**31, self.look, stop)
             steps -= max(1, used)
             if found: centres, key = found, number(reached)
-            else: self.step = max(self.step / 2, FINE)
+            elif not stop[0]: self.step = max(self.step / 2, FINE)
         return centres, key
 
 def _scaled(space, key, part):
@@ -129,24 +130,127 @@ class Prover:
         elif not over(): self.done = True                        # nothing more to be had from rows and columns
         return None
 
-# %% ../../nbs/covering/14_k_center.ipynb #ea167b73
+# %% ../../nbs/covering/14_k_center.ipynb #88307465
+class Cases(NamedTuple):
+    "What came out of distinguishing cases."
+    part: Part | None = None       # proof that k balls of this radius are too few
+    cover: list | None = None      # or a cover of this radius
+    nodes: int = 0                 # linear programs that were solved
+
+def prove_by_cases(rows: Rows, key,      # closed balls of this radius
+                   k: int,
+                   points,               # rows of the linear program
+                   columns,              # balls to begin with
+                   most: int,            # nodes of the tree at most
+                   crew: Crew,
+                  ) -> Cases:            # all None: not known within so many nodes
+    "A proof that k balls are too few, or a cover, by branch and bound on pairs of points."
+    open_, leaves, nodes, points = [()], [], 0, [*points]
+    while open_ and nodes < most and not crew.over():
+        batch, open_ = open_[-8:], open_[:-8]
+        nodes += len(batch)
+        near = rows.near(points, key)
+        for path, found in zip(batch, crew.all(*[lambda path=path: _node(rows, near, key, k, points, columns, path, crew) for path in batch])):
+            if isinstance(found, Leaf): leaves.append(found)
+            elif isinstance(found, list): return Cases(cover=found, nodes=nodes)
+            elif isinstance(found, tuple): open_ += [path + ((*found, side),) for side in (False, True)]
+            elif isinstance(found, set):
+                points += sorted(found.difference(points))
+                open_.append(path)
+            else: return Cases(nodes=nodes)
+    if open_: return Cases(nodes=nodes)
+    limit = key * (1 + TIE / 2) if rows.space.dtype.is_floating_point else key + 1
+    return Cases(Part(None, k + 1, number(limit), tuple(leaves)), nodes=nodes)
+
+# %% ../../nbs/covering/14_k_center.ipynb #ada1f82a
+def _node(rows, near, key, k, points, columns, path, crew):
+    (start, balls), n = near, len(rows.space)
+    at, row = {p: i for i, p in enumerate(points)}, lambda i: balls[start[i]:start[i + 1]]
+    pairs = [(i, j) for i, j, together in path if together]
+    out = np.zeros(n, bool)
+    for i, j, together in path:
+        if not together: out[np.intersect1d(row(at[i]), row(at[j]))] = True
+    each = [r[~out[r]] for r in [*map(row, range(len(points))), *[np.intersect1d(row(at[i]), row(at[j])) for i, j in pairs]]]
+    names = [(p, p) for p in points] + pairs
+    lone = [i for i, r in enumerate(each) if not len(r)]
+    if lone: return _leaf([names[lone[0]]], [1.], path)                                    # no ball is left for it
+    node = np.cumsum([0, *map(len, each)]), np.concatenate(each)
+    x, y, columns, weight, ended = _priced(*node, n, np.setdiff1d(columns, np.flatnonzero(out)), k + 1e-6, True, crew.deadline)
+    if x is None or crew.over(): return None
+    if y.sum() > (k + 1e-6) * weight.max():
+        leaf = _leaf(names, y, path)
+        held = np.bincount(node[1], np.repeat(leaf_weights(leaf, names), np.diff(node[0])), n)
+        return leaf if k * held.max() < leaf.weights.sum().item() else None
+    if not ended: return None
+    support = columns[x > 1e-6]
+    if (x[x > 1e-6] > 1 - 1e-6).all(): return _whole(rows.space, support, key, points)
+    return _pair_to_part(each[:len(points)], points, columns, x, y[:len(points)], n)
+
+def _leaf(names, y, path):
+    y = np.rint(np.asarray(y) * (10**6 / max(y))).astype(np.int64)
+    order = sorted(i for i, v in enumerate(y) if v > 0)
+    return Leaf(torch.tensor([names[i] for i in order]), torch.tensor([int(y[i]) for i in order]), path)
+
+def leaf_weights(leaf, names):
+    "The weights of a leaf in the order of some names, 0 for those without."
+    known = {tuple(pair): v for pair, v in zip(leaf.pairs.tolist(), leaf.weights.tolist())}
+    return np.array([known.get(name, 0) for name in names])
+
+def _whole(space, centres, key, points):
+    "A solution without halves: a cover, or the points that it forgot."
+    reached = space.nearest(torch.as_tensor(centres))[0].numpy()
+    outside = np.setdiff1d(np.flatnonzero(reached > key), points)
+    return set(outside[np.argsort(-reached[outside], kind="stable")][:50].tolist()) or centres.tolist()
+
+def _pair_to_part(each, points, columns, x, y, n):
+    "Two points with weight that common balls cover by about a half."
+    share = np.zeros(n)
+    share[columns] = x
+    heavy = np.argsort(-y, kind="stable")[:200]
+    held = np.zeros((len(heavy), n), np.float32)
+    for r, i in enumerate(heavy): held[r, each[i]] = 1
+    used = share > 1e-9
+    common = (held[:, used] * share[used]) @ held[:, used].T
+    score = np.minimum(common, 1 - common) * np.minimum(1, y[heavy, None] + y[heavy])
+    i, j = np.unravel_index(np.triu(score, 1).argmax(), score.shape)
+    return tuple(sorted((points[heavy[i]], points[heavy[j]]))) if score[i, j] > 1e-6 else None
+
+# %% ../../nbs/covering/14_k_center.ipynb #ce76f62a
 class Closer:
-    "Closes the gap by mixed integer programs, one question a call, as long as that may help."
-    def __init__(self, rows: Rows, k: int, points, solver: str):
-        self.rows, self.k, self.points, self.solver, self.unknown, self.done = rows, k, points, solver, None, False
+    "Closes the gap by cases and by mixed integer programs, one question a call, as long as that may help."
+    def __init__(self, rows: Rows, k: int, prover: Prover, solver: str):
+        self.rows, self.k, self.points, self.columns, self.solver = rows, k, prover.points, prover.columns, solver
+        self.step, self.most, self.asked, self.program = 1., 16, None, None    # how far to ask, as a part of the gap; nodes of a tree; what the program was asked, and its answer to come
 
-    def ask(self, key, lower, deadline):
-        "(a better cover or None, key below which nothing is possible)."
+    def ask(self, key, lower, crew):
+        "(a better cover or None, a better `Part` or None, key below which nothing is possible)."
+        answer = self._program(key, lower, crew)
+        if answer: return answer
+        cases = prove_by_cases(self.rows, self._level(key, lower), self.k, self.points, self.columns, self.most, crew)
+        if cases.part: self.step = min(1., 1.5 * self.step)
+        elif not cases.cover:
+            self.step = .1 if self.step == 1 else self.step / 2
+            if self.step < .02: self.step, self.most = .1, 4 * self.most
+            elif self.most == 16: self.most = 64
+        return cases.cover, cases.part, lower
+
+    def _level(self, key, lower):
         space = self.rows.space
-        level = space.below(key) if self.unknown is None else number(lower + (self.unknown - lower) / 2 if space.dtype.is_floating_point else (lower + self.unknown) // 2)
-        begin = time.monotonic()
-        cover, size = min_cover(self.rows, level, self.points, self.k, begin + (deadline - begin) / 3, self.solver)
-        if cover or size > self.k: self.unknown = None
-        else: self.unknown, self.done = level, level <= lower or time.monotonic() - begin < .1 * (deadline - begin)    # refused for its size, or no room left
-        if size > self.k: return None, key if level >= space.below(key) else level
-        return cover, lower
+        last = space.below(key)
+        level = last if self.step == 1 else lower + self.step * (last - lower)
+        return level if space.dtype.is_floating_point else int(level)
 
-# %% ../../nbs/covering/14_k_center.ipynb #7e4747b2
+    def _program(self, key, lower, crew):
+        "The last open question, to the mixed integer program, which thinks while cases are distinguished."
+        if self.program is None and self.most > 16 and self.asked != key:
+            self.asked, level, deadline = key, self.rows.space.below(key), min(time.monotonic() + 60, crew.deadline)
+            self.program = crew.begin(lambda: min_cover(self.rows, level, self.points, self.k, deadline, self.solver), beside=True)[0]
+        if self.program is None or not self.program.done(): return None
+        cover, size = self.program.result()
+        self.program = None
+        return (cover, None, self.asked if size > self.k else lower) if cover or size > self.k else None
+
+# %% ../../nbs/covering/14_k_center.ipynb #29d2988f
 def _solve(task: Task, crew: Crew, k, gap, solver, seed, starts):
     "Improve what is known about the smallest radius of k balls, until it is good enough or time is over."
     if k == len(task.space): task.now = Standing(list(range(k)), 0, 0)
@@ -166,9 +270,9 @@ def _k_centres(task, crew, k, gap, solver, seed, starts):
     if not done(): _round(task, crew, narrow, team, [(picks[:k], key) for picks, key in orders])
     while not done() and solver != "greedy":
         now = task.now
-        if prover.done and closer is None: closer = Closer(rows, k, prover.points, solver)
-        if not prover.done: _round(task, crew, narrow, team[1:], [now[:2]], lambda: _prove(task, prover.ask(now.reached, now.lower, crew.deadline, crew.over)), exact)
-        elif exact and not closer.done: _round(task, crew, narrow, team[1:], [now[:2]], lambda: _close(task, closer, crew.deadline, k), exact)
+        if prover.done and closer is None: closer = Closer(rows, k, prover, solver)
+        if not prover.done: _round(task, crew, narrow, team[1:], [now[:2]], lambda: _prove(task, crew.all(lambda: prover.ask(now.reached, now.lower, crew.deadline, crew.over))[0]), exact)
+        elif exact: _round(task, crew, narrow, team[2:], [now[:2]], lambda: _close(task, closer, crew, k), exact)
         else: _round(task, crew, narrow, team, [now[:2]])
         rows.trim(task.now.reached)
         if task.now.proof is not proof and (proof is None or prover.done): narrow, proof = _promising(rows, *_weights_of(task.now.proof)), task.now.proof
@@ -199,13 +303,14 @@ def _starts(space, crew, k, starts, seed):
 
 def _round(task, crew, rows, team, begin, other=None, wait=False):
     "Searches side by side, and something else beside them; then the best found by any is the best known."
-    now, ended = task.now, threading.Event()
-    over = (lambda: crew.over() or ended.is_set()) if wait else crew.over
-    pieces = [lambda s=s, b=b: s.go(rows, *b, now.lower, 10**9 if wait else s.patience, over) for s, b in zip(team, begin * len(team))]
-    def beside():
-        try: other()
-        finally: ended.set()
-    for centres, key in crew.all(*([beside] if other else []), *pieces)[bool(other):]: _improve(task, centres, key)
+    now, ended = task.now, crew.flag() if wait else crew.stop
+    pieces = [lambda s=s, b=b: s.go(rows, *b, now.lower, 10**9 if wait else s.patience, ended) for s, b in zip(team, begin * len(team))]
+    searching = crew.begin(*pieces, beside=wait)
+    try: other and other()
+    finally:
+        if wait: ended[0] = 1                            # the others need not go on alone
+    for search in searching:
+        if not (wait and search.cancel()): _improve(task, *search.result())
     rows.trim(task.now.reached)
 
 def _improve(task, centres, key):
@@ -214,12 +319,13 @@ def _improve(task, centres, key):
 def _prove(task, part):
     if part and part.key > task.now.lower: task.now = task.now._replace(lower=part.key, proof=part)
 
-def _close(task, closer, deadline, k):
-    cover, low = closer.ask(task.now.reached, task.now.lower, deadline)
+def _close(task, closer, crew, k):
+    cover, part, low = closer.ask(task.now.reached, task.now.lower, crew)
     if cover:
         centres = _filled(task.space, cover, k)
         _improve(task, centres, number(task.space.nearest(torch.tensor(centres))[0].max().item()))
-    elif low > task.now.lower: task.now = task.now._replace(lower=low)
+    _prove(task, part)
+    if low > task.now.lower: task.now = task.now._replace(lower=low)
 
 def gap_of(space, lower, key) -> float:
     "Relative distance between two keys, as distances."
@@ -251,7 +357,7 @@ def _one_centre(space, over):
     lower = number(min(best.reached, least.min().item()) * (1 - TIE / 2) if space.dtype.is_floating_point else least.min().item())
     return best._replace(lower=lower, proof=Part(None, 2, lower, (leaf_of(far, np.ones(len(far), np.int64)),)) if lower > 0 else None)
 
-# %% ../../nbs/covering/14_k_center.ipynb #07f253fc
+# %% ../../nbs/covering/14_k_center.ipynb #99173930
 BUDGETS = ("per_class", "total", "joint")
 
 def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
@@ -276,7 +382,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
     check(budget in BUDGETS, f"budget must be 'per_class', 'total' or 'joint', got {budget!r}")
     check(isinstance(starts, int) and starts >= 1, f"starts must be a whole number >= 1, got {starts!r}")
     check_limits(time_limit, solver, gap)
-    crew = Crew(time.monotonic() + time_limit)
+    crew = Crew(time_limit)
     space = space_of(points, distances, norm, None if budget == "joint" else labels, device, embed)
     if budget == "joint": space_of(points, distances, norm, labels, device)
     tasks = tasks_of(space, budget == "per_class" and labels is not None)

@@ -7,10 +7,10 @@ __all__ = ['COLUMNS', 'MILP_CELLS', 'AT_ONCE', 'SOLVERS', 'TRIES', 'farthest_fir
            'part_of', 'whole_weights', 'leaf_of', 'number', 'min_cover', 'Crew', 'Standing', 'Task', 'tasks_of',
            'side_by_side', 'check_limits', 'eta_mcs', 'line_of']
 
-# %% ../../nbs/covering/13_set_cover.ipynb #effd5aaa
+# %% ../../nbs/covering/13_set_cover.ipynb #562a0c71
 import json, logging, os, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
 from math import ceil, inf
@@ -294,20 +294,39 @@ def min_cover(rows: Rows,
         points += new[np.argsort(-reached[new], kind="stable")][:50].tolist()
     return None, lower
 
-# %% ../../nbs/covering/13_set_cover.ipynb #61d1c889
+# %% ../../nbs/covering/13_set_cover.ipynb #1eb8422b
 class Crew:
     "Threads for heavy pieces of work, the time at which to stop, and a way to be stopped by hand."
-    def __init__(self, deadline: float = inf, cores: int = None):
-        self.deadline, self.begin, self.stopped = deadline, time.monotonic(), threading.Event()
-        self._pool = ThreadPoolExecutor(cores or min(torch.get_num_threads(), os.cpu_count()))
+    def __init__(self, seconds: float = inf, cores: int = None):
+        from rdd_lib.covering.search import ready
+        ready()                                                    # compiling is not searching
+        self.deadline, self.born, self.stopped, self._flags = time.monotonic() + seconds, time.monotonic(), threading.Event(), []
+        self.stop = self.flag()
+        cores = cores or min(torch.get_num_threads(), os.cpu_count())
+        self._pool, self._beside = ThreadPoolExecutor(cores), ThreadPoolExecutor(max(1, cores - 1))
 
-    def over(self) -> bool: return self.stopped.is_set() or time.monotonic() > self.deadline
+    def over(self) -> bool:
+        "Whether to stop; compiled loops are told by their flags."
+        over = self.stopped.is_set() or time.monotonic() > self.deadline
+        if over:
+            for flag in self._flags: flag[0] = 1
+        return over
+
+    def flag(self):
+        "Something that compiled loops can look at: not 0 as soon as they have to stop."
+        self._flags.append(np.array([int(self.stopped.is_set())]))
+        return self._flags[-1]
+
+    def begin(self, *pieces, beside: bool = False) -> list:
+        "Futures of the pieces, which run side by side; `beside` other pieces, for which they need not wait."
+        return [(self._beside if beside else self._pool).submit(piece) for piece in pieces]
 
     def all(self, *pieces) -> list:
-        "What every piece returns; they run side by side."
-        return [done.result() for done in [self._pool.submit(piece) for piece in pieces]]
+        "What every piece returns."
+        return [done.result() for done in self.begin(*pieces)]
 
-    def close(self): self._pool.shutdown(wait=False, cancel_futures=True)
+    def close(self):
+        for pool in (self._pool, self._beside): pool.shutdown(wait=False, cancel_futures=True)
 
 class Standing(NamedTuple):
     "The best that is known about one part of a problem."
@@ -335,7 +354,7 @@ def tasks_of(space: Space, by_class: bool) -> list[Task]:
     parts = [(int(c), (space.labels == c).nonzero()[:, 0].cpu()) for c in space.labels.unique()]
     return [Task(c, index, replace(space.take(index), labels=None)) for c, index in parts]
 
-# %% ../../nbs/covering/13_set_cover.ipynb #facc06d8
+# %% ../../nbs/covering/13_set_cover.ipynb #f2ce36f4
 def side_by_side(solve,          # (task, crew): improves task.now until it is satisfied, or crew.over()
                  tasks: list,
                  crew: Crew,
@@ -348,8 +367,9 @@ def side_by_side(solve,          # (task, crew): improves task.now until it is s
     torch.set_num_threads(1)
     try:
         with bar(total=None, bar_format="{desc}", show=show) as told:
-            while wait(running, .5, return_when="FIRST_EXCEPTION").not_done and not any(r.done() and r.exception() for r in running):
-                told.set_description_str(f"{line()}, {time.monotonic() - crew.begin:.0f} s", refresh=time.monotonic() > crew.begin + 2)
+            while wait(running, .2, return_when="FIRST_EXCEPTION").not_done and not any(r.done() and r.exception() for r in running):
+                crew.over()
+                told.set_description_str(f"{line()}, {time.monotonic() - crew.born:.0f} s", refresh=time.monotonic() > crew.born + 2)
         for r in running: r.result()
         return False
     except KeyboardInterrupt:
@@ -359,7 +379,7 @@ def side_by_side(solve,          # (task, crew): improves task.now until it is s
         torch.set_num_threads(threads)
         drivers.shutdown(wait=False); crew.close()
 
-# %% ../../nbs/covering/13_set_cover.ipynb #5a4bab0d
+# %% ../../nbs/covering/13_set_cover.ipynb #a7f9d0fc
 TRIES = 20_000   # exchanges after which a search gives up
 
 def _fewest(task, crew, key, solver, gap, seed):
@@ -402,14 +422,14 @@ def _fewer(task, crew, rows, key, weights, seed):
     while not crew.over() and task.now.lower < task.now.reached:
         target = min(task.now.reached - 1, int(task.now.reached - share * (task.now.reached - task.now.lower)))
         steps = min(TRIES, 100 * len(task.space)) // (1 if target == task.now.reached - 1 else 4)
-        pieces = [lambda w=w, s=s: find_cover(rows, key, task.now.centres[:target], w, steps, 1 + subseed(seed, s, target) % 2**31)[0] for s, w in enumerate(weights)]
+        pieces = [lambda w=w, s=s: find_cover(rows, key, task.now.centres[:target], w, steps, 1 + subseed(seed, s, target) % 2**31, stop=crew.stop)[0] for s, w in enumerate(weights)]
         found = [f for f in crew.all(*pieces) if f]
         if found: _better(task, found[0])
         elif target == task.now.reached - 1: break
         else: share /= 2
     return task.now.reached < best
 
-# %% ../../nbs/covering/13_set_cover.ipynb #1ba0b169
+# %% ../../nbs/covering/13_set_cover.ipynb #e23059c4
 def check_limits(time_limit, solver, gap: float = 0.) -> None:
     "Refuse a time limit below zero, an unknown solver, a gap that is no part."
     check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
@@ -434,7 +454,7 @@ def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are
     Raises `BadArgument` for an eta < 0, an empty set, NaN, labels of another length. Same arguments, same cover, as long as the time does not run out."""
     check(isinstance(eta, (int, float)) and 0 <= eta < inf, f"eta must be a number >= 0, got {eta!r}")
     check_limits(time_limit, solver, gap)
-    crew = Crew(time.monotonic() + time_limit)
+    crew = Crew(time_limit)
     space = space_of(points, distances, norm, labels, device, embed)
     tasks = tasks_of(space, labels is not None)
     line = lambda: line_of("eta-MCS", sum(t.now.reached for t in tasks), sum(t.now.lower for t in tasks))
