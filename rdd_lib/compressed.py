@@ -17,7 +17,7 @@ import rdd_lib
 from .core import BrokenFile, MissingData, atomic, check, describe, generator, lookup
 from .data import ImageSet, shares, show_images
 
-# %% ../nbs/03_compressed.ipynb #3ca11ed1
+# %% ../nbs/03_compressed.ipynb #93be2474
 @dataclass(frozen=True, eq=False, repr=False)
 class Compressed(ImageSet):
     "An `ImageSet` that came out of a compression; what a method does not give is None."
@@ -52,7 +52,8 @@ class Compressed(ImageSet):
         lines = [f"{len(self)} images of {'x'.join(map(str, self.shape))}, {self.n_classes} classes, {', '.join(f'{len(i)}' for i in self.per_class)} a class"]
         if p: lines += ["method      " + json.dumps(p.get("method"), sort_keys=True), "source      " + json.dumps(p.get("source"), sort_keys=True), f"seed        {p.get('seed')}"]
         if self.weights is not None: lines += [f"weights     {self.weights.min():.3g} ... {self.weights.max():.3g}, sum {self.weights.sum():.6g}"]
-        if self.radius is not None: lines += [f"radius      {self.radius:.4f}" + ("" if self.lower_bound is None else f", proven to be at least {self.lower_bound:.4f}")]
+        if p and p.get("interrupted"): lines += ["interrupted: the best that was known when it was stopped by hand"]
+        if self.radius is not None: lines += [f"radius      {self.radius:.4f}" + ("" if self.lower_bound is None else f", proven to be at least {self.lower_bound:.4f} (gap {max(0, 1 - self.lower_bound / self.radius) if self.radius else 0:.2%})")]
         return "\n".join(lines)
 
 # %% ../nbs/03_compressed.ipynb #04d6c78a
@@ -102,13 +103,13 @@ def budget(data: ImageSet,
         check(want <= have, f"{name}={value} asks for {want} images of class {c} ({data.classes[c]}), but {data.name}/{data.split} has {have}")
     return counts
 
-# %% ../nbs/03_compressed.ipynb #2124cfc8
+# %% ../nbs/03_compressed.ipynb #b2aff0a0
 @dataclass(frozen=True)
 class Compressor:
     "A compression method: settings as fields, `compress` to run it."
 
     def make(self, data: ImageSet, counts: list[int], seed: int, device: str) -> dict:
-        "The fields of the `Compressed` to be: written by each method."
+        "The fields of the `Compressed` to be, and under `report` what its provenance should say beside: written by each method."
         raise NotImplementedError
 
     def compress(self, data: ImageSet,
@@ -125,7 +126,7 @@ class Compressor:
         if "x" not in made: made |= {"x": data.x[made["indices"]], "y": data.y[made["indices"]]}
         source = {"name": data.name, "split": data.split, "images": len(data), "fingerprint": data.fingerprint}
         versions = {"rdd_lib": rdd_lib.__version__, "torch": torch.__version__, "numpy": np.__version__}
-        provenance = {"method": describe(self), "ipc": ipc, "total": total, "seed": seed, "source": source, "versions": versions}
+        provenance = {"method": describe(self), "ipc": ipc, "total": total, "seed": seed, "source": source, "versions": versions} | made.pop("report", {})
         return Compressed(**made, classes=data.classes, name=data.name, split=data.split, provenance=provenance)
 
 # %% ../nbs/03_compressed.ipynb #9ad170c0

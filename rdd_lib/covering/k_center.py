@@ -6,7 +6,7 @@
 __all__ = ['FIRST', 'FINE', 'LOOKS', 'NARROW', 'WIDE', 'BUDGETS', 'crowd_bound', 'gonzalez', 'Searcher', 'proven_key', 'Prover',
            'Cases', 'prove_by_cases', 'leaf_weights', 'Closer', 'gap_of', 'k_mcs']
 
-# %% ../../nbs/covering/14_k_center.ipynb #59cf87db
+# %% ../../nbs/covering/14_k_center.ipynb #e5954256
 import logging, time
 from math import inf
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from ..core import check, generator, subseed
 from .certificate import ClassCover, Cover, Leaf, Part, cover_of
 from .distances import TIE, Rows, Space, space_of
-from .set_cover import (SOLVERS, TRIES, _priced, Crew, Standing, Task, check_limits, farthest_first, leaf_of, line_of, lp_bound, min_cover,
+from .set_cover import (MILP_CELLS, SOLVERS, TRIES, _priced, _short, Crew, Standing, Task, check_limits, farthest_first, leaf_of, line_of, lp_bound, min_cover,
                                         number, side_by_side, tasks_of, whole_weights)
 
 _log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Prover:
         elif not over(): self.done = True                        # nothing more to be had from rows and columns
         return None
 
-# %% ../../nbs/covering/14_k_center.ipynb #88307465
+# %% ../../nbs/covering/14_k_center.ipynb #a21a337e
 class Cases(NamedTuple):
     "What came out of distinguishing cases."
     part: Part | None = None       # proof that k balls of this radius are too few
@@ -145,25 +145,28 @@ def prove_by_cases(rows: Rows, key,      # closed balls of this radius
                    crew: Crew,
                   ) -> Cases:            # all None: not known within so many nodes
     "A proof that k balls are too few, or a cover, by branch and bound on pairs of points."
-    open_, leaves, nodes, points = [()], [], 0, [*points]
+    open_, leaves, nodes, points, columns, again = [()], [], 0, [*points], np.asarray(columns, int), set()
     while open_ and nodes < most and not crew.over():
         batch, open_ = open_[-8:], open_[:-8]
         nodes += len(batch)
         near = rows.near(points, key)
-        for path, found in zip(batch, crew.all(*[lambda path=path: _node(rows, near, key, k, points, columns, path, crew) for path in batch])):
+        results = crew.all(*[lambda path=path, c=columns: _node(rows, near, key, k, points, c, path, path not in again, crew) for path in batch])
+        for path, (found, used) in zip(batch, results):
+            columns = np.union1d(columns, used).astype(int)                   # what one case needed, the next will need
             if isinstance(found, Leaf): leaves.append(found)
             elif isinstance(found, list): return Cases(cover=found, nodes=nodes)
             elif isinstance(found, tuple): open_ += [path + ((*found, side),) for side in (False, True)]
             elif isinstance(found, set):
                 points += sorted(found.difference(points))
                 open_.append(path)
+                again.add(path)
             else: return Cases(nodes=nodes)
     if open_: return Cases(nodes=nodes)
     limit = key * (1 + TIE / 2) if rows.space.dtype.is_floating_point else key + 1
     return Cases(Part(None, k + 1, number(limit), tuple(leaves)), nodes=nodes)
 
-# %% ../../nbs/covering/14_k_center.ipynb #ada1f82a
-def _node(rows, near, key, k, points, columns, path, crew):
+# %% ../../nbs/covering/14_k_center.ipynb #5683cb05
+def _node(rows, near, key, k, points, columns, path, fresh, crew):
     (start, balls), n = near, len(rows.space)
     at, row = {p: i for i, p in enumerate(points)}, lambda i: balls[start[i]:start[i + 1]]
     pairs = [(i, j) for i, j, together in path if together]
@@ -173,18 +176,19 @@ def _node(rows, near, key, k, points, columns, path, crew):
     each = [r[~out[r]] for r in [*map(row, range(len(points))), *[np.intersect1d(row(at[i]), row(at[j])) for i, j in pairs]]]
     names = [(p, p) for p in points] + pairs
     lone = [i for i, r in enumerate(each) if not len(r)]
-    if lone: return _leaf([names[lone[0]]], [1.], path)                                    # no ball is left for it
+    if lone: return _leaf([names[lone[0]]], [1.], path), []                                # no ball is left for it
     node = np.cumsum([0, *map(len, each)]), np.concatenate(each)
     x, y, columns, weight, ended = _priced(*node, n, np.setdiff1d(columns, np.flatnonzero(out)), k + 1e-6, True, crew.deadline)
-    if x is None or crew.over(): return None
+    if x is None or crew.over(): return None, []
     if y.sum() > (k + 1e-6) * weight.max():
         leaf = _leaf(names, y, path)
         held = np.bincount(node[1], np.repeat(leaf_weights(leaf, names), np.diff(node[0])), n)
-        return leaf if k * held.max() < leaf.weights.sum().item() else None
-    if not ended: return None
+        return (leaf if k * held.max() < leaf.weights.sum().item() else None), columns
+    if not ended: return None, []
     support = columns[x > 1e-6]
-    if (x[x > 1e-6] > 1 - 1e-6).all(): return _whole(rows.space, support, key, points)
-    return _pair_to_part(each[:len(points)], points, columns, x, y[:len(points)], n)
+    if (x[x > 1e-6] > 1 - 1e-6).all(): return _whole(rows.space, support, key, points), columns
+    forgot = _short(rows.space, key, support, x[x > 1e-6], points)[:30].tolist() if fresh and n <= 4 * WIDE else []
+    return set(forgot) or _pair_to_part(each[:len(points)], points, columns, x, y[:len(points)], n), columns
 
 def _leaf(names, y, path):
     y = np.rint(np.asarray(y) * (10**6 / max(y))).astype(np.int64)
@@ -215,7 +219,7 @@ def _pair_to_part(each, points, columns, x, y, n):
     i, j = np.unravel_index(np.triu(score, 1).argmax(), score.shape)
     return tuple(sorted((points[heavy[i]], points[heavy[j]]))) if score[i, j] > 1e-6 else None
 
-# %% ../../nbs/covering/14_k_center.ipynb #ce76f62a
+# %% ../../nbs/covering/14_k_center.ipynb #ad023e4d
 class Closer:
     "Closes the gap by cases and by mixed integer programs, one question a call, as long as that may help."
     def __init__(self, rows: Rows, k: int, prover: Prover, solver: str):
@@ -240,11 +244,16 @@ class Closer:
         level = last if self.step == 1 else lower + self.step * (last - lower)
         return level if space.dtype.is_floating_point else int(level)
 
+    def _all_or(self, points, level):
+        "All points, where the program can have them all at once."
+        n = len(self.rows.space)
+        return range(n) if n <= 2500 and len(self.rows.near(range(n), level)[1]) <= MILP_CELLS else points
+
     def _program(self, key, lower, crew):
         "The last open question, to the mixed integer program, which thinks while cases are distinguished."
         if self.program is None and self.most > 16 and self.asked != key:
             self.asked, level, deadline = key, self.rows.space.below(key), min(time.monotonic() + 60, crew.deadline)
-            self.program = crew.begin(lambda: min_cover(self.rows, level, self.points, self.k, deadline, self.solver), beside=True)[0]
+            self.program = crew.begin(lambda: min_cover(self.rows, level, self._all_or(self.points, level), self.k, deadline, self.solver), beside=True)[0]
         if self.program is None or not self.program.done(): return None
         cover, size = self.program.result()
         self.program = None

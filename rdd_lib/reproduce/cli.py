@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['EPILOG', 'app', 'LISTS', 'OBJECTIVES', 'parse_settings', 'list_', 'compress', 'show', 'score', 'reproduce', 'main']
 
-# %% ../../nbs/reproduce/55_cli.ipynb #b7f76d77
-import os, sys
+# %% ../../nbs/reproduce/55_cli.ipynb #7f2fbae3
+import os, sys, time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Optional
 import typer
 from ..core import RddError, check, lookup, with_settings
 
-# %% ../../nbs/reproduce/55_cli.ipynb #67ba1234
-EPILOG = {"compress": ["rdd compress mcs mnist5k --ipc 50 -o mcs.safetensors", "rdd compress dm cifar10 --ipc 10 --set iterations=5000 --set net.name=convnet -o dm.safetensors"],
+# %% ../../nbs/reproduce/55_cli.ipynb #d8ca5837
+EPILOG = {"compress": ["rdd compress mcs mnist5k --ipc 50 -o mcs.safetensors", "rdd compress mcs mnist --budget joint -k 50 --time-limit 600", "rdd compress dm cifar10 --ipc 10 --set iterations=5000 --set net.name=convnet -o dm.safetensors"],
           "score": ["rdd score mcs.safetensors --train adversarial --attack paper", "rdd score mcs.safetensors --net resnet18 --set epochs=20 --threat linf:.05 --seeds 5"],
-          "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --picture mcs.png"],
+          "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify", "rdd show mcs.safetensors --picture mcs.png"],
           "reproduce": ["rdd reproduce mcs/fig2 --profile smoke", "rdd reproduce all --profile cpu", "rdd reproduce mcs/fig1 --set n=300"],
           "list": ["rdd list", "rdd list methods"]}
 
@@ -69,40 +69,64 @@ def list_(what: str = typer.Argument("all", help="data, methods, models, attacks
         title, rows = lookup(name, LISTS, "list")
         _table(title, rows())
 
-# %% ../../nbs/reproduce/55_cli.ipynb #b4309a5a
+# %% ../../nbs/reproduce/55_cli.ipynb #7317af59
 @app.command(epilog=_examples("compress"))
 def compress(method: str = typer.Argument(help="a method, see `rdd list methods`"),
              data: str = typer.Argument(help="a data set, see `rdd list data`"),
-             out: Path = typer.Option(..., "-o", "--out", help="where the result goes, usually *.safetensors"),
+             out: Optional[Path] = typer.Option(None, "-o", "--out", help="where the result goes; default: <method>-<data>-<number>.safetensors", show_default=False),
              ipc: Optional[int] = typer.Option(None, help="images per class"),
              total: Optional[int] = typer.Option(None, help="or images in all"),
+             k: Optional[int] = typer.Option(None, "-k", help="for mcs: images per class, or in all with --budget total or joint"),
+             budget: Optional[str] = typer.Option(None, help="for mcs: per_class, total (one radius for all classes), joint (labels ignored)"),
+             time_limit: Optional[float] = typer.Option(None, help="for mcs: seconds; Ctrl-C keeps the best so far as well"),
+             gap: Optional[float] = typer.Option(None, help="for mcs: stop when the bound is this near, as a part of the radius"),
              seed: int = typer.Option(0, help="of every draw"),
              device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N"),
              set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the method: name=value", show_default=False)):
     "Compress a data set into one file."
-    from rdd_lib.compressed import budget, find_method, save
+    from rdd_lib.compressed import budget as counts_of, find_method, save
     from rdd_lib.core import require_writable
     from rdd_lib.data import load
     from rdd_lib.distill.synthetic import Distiller
-    compressor = with_settings(find_method(method).make(), **parse_settings(set_))
+    short = {name: value for name, value in (("budget", budget), ("time_limit", time_limit), ("gap", gap)) if value is not None}
+    compressor = with_settings(find_method(method).make(), **short, **parse_settings(set_))
+    ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     images = load(data)
-    budget(images, ipc, total)
+    counts_of(images, ipc, total)
+    out = out or Path(f"{method}-{data}-{ipc or total}.safetensors")
     require_writable(out)                                                     # said now, not after an hour
     run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if isinstance(compressor, Distiller) else {}
     made = compressor.compress(images, ipc=ipc, total=total, seed=seed, device=device, **run)
     save(made, out)
-    typer.echo(f"{made.summary()}\nwritten to {out}")
+    typer.echo(made.summary())
+    if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images))
+    typer.echo(f"written to {out}")
 
-# %% ../../nbs/reproduce/55_cli.ipynb #4b89424e
+def _number(k, ipc, total, budget):
+    "(ipc, total), one of them None: -k means what the budget means."
+    if k is None: return ipc, total
+    check(ipc is None and total is None, f"give one of --ipc, --total and -k, got --ipc {ipc}, --total {total}, -k {k}")
+    return (k, None) if budget == "per_class" else (None, k)
+
+def _verified(made, images):
+    from rdd_lib.coresets.covering import verify_coreset
+    begin = time.perf_counter()
+    bound = verify_coreset(made, images)
+    return f"certificate verified: no choice of as many images has a radius below {bound:.4f} ({time.perf_counter() - begin:.1f} s, no solver)"
+
+# %% ../../nbs/reproduce/55_cli.ipynb #d5c25f04
 @app.command(epilog=_examples("show"))
 def show(path: Path = typer.Argument(help="a file that `rdd compress` wrote"),
          picture: Optional[Path] = typer.Option(None, help="write the images as a picture (png, svg, pdf)"),
-         per_class: int = typer.Option(10, help="images of each class in the picture")):
+         per_class: int = typer.Option(10, help="images of each class in the picture"),
+         verify: bool = typer.Option(False, "--verify", help="check radius and certificate against the data it was made from")):
     "What a compressed set is, where it came from, what it looks like."
     from rdd_lib.compressed import load_compressed
     from rdd_lib.core import atomic
+    from rdd_lib.data import load
     made = load_compressed(path)
     typer.echo(made.summary())
+    if verify: typer.echo(_verified(made, load(made.name, made.split)))
     if picture:
         check(picture.suffix in (".png", ".svg", ".pdf"), f"--picture must end in .png, .svg or .pdf, got {str(picture)!r}")
         check(per_class >= 1, f"--per-class must be >= 1, got {per_class}")
