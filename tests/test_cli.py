@@ -34,10 +34,19 @@ def test_compress_show_score(tmp_path):
     assert done.returncode == 0 and "radius" in done.stdout, done.stderr
     made = load_compressed(tmp_path / "a/mcs.safetensors")
     assert len(made) == 30 and made.weights.sum() == 4000 and made.lower_bound <= made.radius
+    done = rdd("show", "a/mcs.safetensors", "--verify", cwd=tmp_path)
+    assert done.returncode == 0 and "certificate verified" in done.stdout, done.stderr
     done = rdd("show", "a/mcs.safetensors", "--picture", "a/mcs.png", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "a/mcs.png").stat().st_size > 1000, done.stderr
     done = rdd("score", "a/mcs.safetensors", "--net", "mlp", "--n-test", 50, "--attack", "quick", "--train", "generalized", "--set", "steps=5", cwd=tmp_path)
     assert done.returncode == 0 and "robust" in done.stdout, done.stderr
+
+
+def test_k_means_what_the_budget_means(tmp_path):
+    done = rdd("compress", "mcs", "mnist5k", "--budget", "joint", "-k", 12, "--gap", .2, "--time-limit", 20, cwd=tmp_path)
+    assert done.returncode == 0 and "gap" in done.stdout and "certificate verified" in done.stdout, done.stderr
+    made = load_compressed(tmp_path / "mcs-mnist5k-12.safetensors")
+    assert len(made) == 12 and made.certificate and 1 - made.lower_bound / made.radius <= .2
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path):
@@ -50,6 +59,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
     ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"), ("compress random mnist5k -o x", "either ipc"),
     ("compress random mnist5k --ipc 1 -o .", "it is a folder"), ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"),
     ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"), ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"),
+    ("compress mcs mnist5k -k 1 --ipc 1", "give one of"), ("compress mcs mnist5k --budget all -k 1", "'all'"), ("compress random mnist5k --budget joint -k 9", "budget"),
     ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"), ("score broken.safetensors", "not a compressed set"),
     ("reproduce mcs/fig9", "mcs/fig"), ("reproduce mcs/fig1 --profile fast", "smoke"), ("list things", "unknown list 'things'")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, line, told):

@@ -1,12 +1,12 @@
 "Covering on instances small enough to try everything: ties, equal points, bytes and floats, hurried runs, matrices that are no metric."
-import itertools, logging, random
+import _thread, itertools, logging, random, signal, threading
 from math import inf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from rdd_lib.core import BadArgument, UnknownName, generator
-from rdd_lib.covering import distances as D, guarantee as G, k_center as K, set_cover as S
+from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K, set_cover as S
 
 NORMS = (1, 2, inf)
 
@@ -209,6 +209,71 @@ def test_same_seed_same_cover_and_the_global_generator_is_left_alone():
     a, b = (K.k_mcs(x, 9, seed=3, solver="lp") for _ in range(2))
     assert torch.equal(a.indices, b.indices) and a.lower_bound == b.lower_bound
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ctrl_c_keeps_the_best_so_far():
+    x = torch.rand(3000, 30, generator=generator(8), dtype=torch.float64)
+    K.k_mcs(x[:50], 3)                                                                    # what is compiled on first use
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)                     # some shells start programs with Ctrl-C ignored
+    threading.Timer(2, _thread.interrupt_main).start()
+    try: c = K.k_mcs(x, 30, time_limit=120)
+    finally: signal.signal(signal.SIGINT, before)
+    c.check(x)
+    assert c.interrupted and "interrupted" in repr(c) and len(c) == 30 and 0 < c.lower_bound < c.radius
+    assert not K.k_mcs(x[:50], 3).interrupted
+
+
+def test_an_error_in_a_class_is_not_swallowed(monkeypatch):
+    monkeypatch.setattr(K, "_one_centre", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): K.k_mcs(torch.rand(20, 2), 1, labels=torch.arange(20) % 2)
+
+
+def test_more_classes_than_cores():
+    x, y = torch.rand(240, 2, generator=generator(9), dtype=torch.float64), torch.arange(240) % 24
+    c = K.k_mcs(x, 2, labels=y); c.check(x, y)
+    assert c.optimal and len(c) == 48 and all(p.optimal for p in c.per_class)
+
+
+def test_distances_between_features():
+    x = torch.randint(0, 256, (60, 1, 4, 4), generator=generator(10), dtype=torch.uint8)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(.5), torch.nn.Linear(16, 3)).double()
+    embed = torch.nn.Sequential(torch.nn.Identity(), net).train()
+    features = net.eval()(x.double() / 255).detach()
+    net.train()
+    double = lambda t: embed(t.double())
+    net.eval()
+    c, direct = K.k_mcs(x, 5, embed=double), K.k_mcs(features, 5)
+    c.check(x, embed=double)
+    assert c.optimal and abs(c.radius - direct.radius) < 1e-6 * direct.radius
+    net.train()
+    S.eta_mcs(x, c.radius, embed=net.float()).check(x, embed=net)                         # in evaluation mode, and put back
+    assert net.training
+    with pytest.raises(BadArgument, match="embed needs points"): K.k_mcs(distances=torch.zeros(3, 3), k=1, embed=net)
+
+
+# --- certificates --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_tampered_certificate_is_refused(seed):
+    "More radius than any choice allows cannot be certified, whatever else is changed."
+    x = torch.rand(60, 3, generator=generator(seed, "tampered"), dtype=torch.float64)
+    if seed % 2: x = (x * 255).to(torch.uint8)
+    y = torch.arange(60) % 2 if seed % 4 > 1 else None
+    c = K.k_mcs(x, 4, labels=y, budget="total")
+    assert c.optimal and close(C.verify_certificate(x, c.certificate, y, k=4), c.radius)
+    t = c.certificate.tensors()
+    again = C.Certificate.of(t)
+    assert C.verify_certificate(x, again, y) == C.verify_certificate(x, c.certificate, y)
+    def forged(**changes): C.verify_certificate(x, t | changes, y)
+    for changes in (dict(keys=t["keys"] * 1.1 if t["keys"].is_floating_point() else t["keys"] + 50), dict(sizes=t["sizes"] + 40), dict(weights=-t["weights"]), dict(weights=t["weights"].double()),
+                    dict(pairs=t["pairs"] + 60), dict(pairs=t["pairs"][:0], weights=t["weights"][:0], leaf_length=t["leaf_length"] * 0), dict(leaf_length=t["leaf_length"] + 1)):
+        with pytest.raises(BadArgument): forged(**changes)
+    with pytest.raises(BadArgument, match="not 5"): C.verify_certificate(x, c.certificate, y, k=5)
+    with pytest.raises(BadArgument): C.verify_certificate(x.roll(1, 0) * 0, c.certificate, y)
+    if len(t["leaf_part"]) > 1:
+        first = t["leaf_length"][0]
+        with pytest.raises(BadArgument, match="all cases"):
+            forged(leaf_part=t["leaf_part"][1:], leaf_length=t["leaf_length"][1:], path_length=t["path_length"][1:], pairs=t["pairs"][first:], weights=t["weights"][first:], paths=t["paths"][t["path_length"][0]:])
 
 
 def test_input_is_left_alone():
