@@ -45,7 +45,7 @@ def test_compress_show_score(tmp_path):
 def test_k_means_what_the_budget_means(tmp_path):
     done = rdd("compress", "mcs", "mnist5k", "--budget", "joint", "-k", 12, "--gap", .2, "--time-limit", 20, cwd=tmp_path)
     assert done.returncode == 0 and "gap" in done.stdout and "certificate verified" in done.stdout, done.stderr
-    made = load_compressed(tmp_path / "mcs-mnist5k-12.safetensors")
+    made = load_compressed(tmp_path / "mcs-mnist5k-joint12.safetensors")
     assert len(made) == 12 and made.certificate and 1 - made.lower_bound / made.radius <= .2
 
 

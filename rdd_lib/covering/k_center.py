@@ -96,19 +96,19 @@ def _part(rows, points, weights, k):
     key = proven_key(rows, points, y, k)
     return Part(None, k + 1, key, (leaf_of(points, y),)) if key > 0 else None
 
-# %% ../../nbs/covering/14_k_center.ipynb #e7179d9a
-NARROW = 2e-4   # the bisection ends when the last key ruled out and the first that is not are this near
+# %% ../../nbs/covering/14_k_center.ipynb #23cc5a6b
+NARROW = 2e-4   # the bisection ends when the last key ruled out and the first that is not are this near, or a tenth of the gap
 
 class Prover:
     "Pushes up the bound by the linear program, one question a call."
     def __init__(self, rows: Rows, k: int, points):
-        self.rows, self.k, self.points, self.columns, self.open, self.done = rows, k, [*points], (), None, False   # open: weights cannot rule out this key
+        self.rows, self.k, self.points, self.columns, self.open, self.stuck = rows, k, [*points], (), None, False   # open: weights cannot rule out this key
 
     def level(self, key, lower):
         "The next radius to ask for, or None: the best and the worst that is possible are near enough."
         space = self.rows.space
         top = space.below(key if self.open is None else min(key, self.open))
-        if top < lower or (self.open is not None and top - lower <= NARROW * top): return None
+        if self.stuck or top < lower or (self.open is not None and top - lower <= max(NARROW * top, .1 * (key - lower))): return None
         if lower < .92 * top: level = .94 * top if self.open is None else .97 * top      # nothing good is proven yet: stay near the top
         else: level = top if top - lower <= NARROW * top else lower + (top - lower) / 2
         return level if space.dtype.is_floating_point else max(int(level), lower)
@@ -116,9 +116,7 @@ class Prover:
     def ask(self, key, lower, deadline, over):
         "A better `Part`, or None."
         level = self.level(key, lower)
-        if level is None:
-            self.done = True
-            return None
+        if level is None: return None
         dual = lp_bound(self.rows, level, self.points, self.columns, self.k + 1e-6, True, deadline, over, max(100, self.k // 2))
         self.columns, carries = dual.columns, set(dual.points)
         part = _part(self.rows, dual.points, dual.weights, self.k) if dual.bound > self.k else None
@@ -127,7 +125,7 @@ class Prover:
             return part
         self.points = dual.rows
         if dual.settled or dual.bound > self.k: self.open = level
-        elif not over(): self.done = True                        # nothing more to be had from rows and columns
+        elif not over(): self.stuck = True                       # HiGHS gave up
         return None
 
 # %% ../../nbs/covering/14_k_center.ipynb #a21a337e
@@ -259,7 +257,7 @@ class Closer:
         self.program = None
         return (cover, None, self.asked if size > self.k else lower) if cover or size > self.k else None
 
-# %% ../../nbs/covering/14_k_center.ipynb #29d2988f
+# %% ../../nbs/covering/14_k_center.ipynb #de72036d
 def _solve(task: Task, crew: Crew, k, gap, solver, seed, starts):
     "Improve what is known about the smallest radius of k balls, until it is good enough or time is over."
     if k == len(task.space): task.now = Standing(list(range(k)), 0, 0)
@@ -276,16 +274,18 @@ def _k_centres(task, crew, k, gap, solver, seed, starts):
     prover, closer = Prover(rows, k, far), None
     done = lambda: crew.over() or gap_of(space, task.now.lower, task.now.reached) <= gap
     exact, proof = SOLVERS[solver] is not None, None
-    if not done(): _round(task, crew, narrow, team, [(picks[:k], key) for picks, key in orders])
+    if not done(): _round(task, crew, narrow, team, [(picks[:k], key) for picks, key in orders], steps=TRIES // (20 if narrow is not rows else 1))
     while not done() and solver != "greedy":
         now = task.now
-        if prover.done and closer is None: closer = Closer(rows, k, prover, solver)
-        if not prover.done: _round(task, crew, narrow, team[1:], [now[:2]], lambda: _prove(task, crew.all(lambda: prover.ask(now.reached, now.lower, crew.deadline, crew.over))[0]), exact)
-        elif exact: _round(task, crew, narrow, team[2:], [now[:2]], lambda: _close(task, closer, crew, k), exact)
+        weights = prover.level(now.reached, now.lower) is not None                   # can weights prove more?
+        if not weights and closer is None: closer = Closer(rows, k, prover, solver)
+        if weights: _round(task, crew, narrow, team[1:], [now[:2]], lambda: _prove(task, crew.all(lambda: prover.ask(now.reached, now.lower, crew.deadline, crew.over))[0]), exact)
+        elif exact and len(space) <= 4 * WIDE: _round(task, crew, narrow, team[2:], [now[:2]], lambda: _close(task, closer, crew, k), exact)
         else: _round(task, crew, narrow, team, [now[:2]])
+        _log.info("radius %.5g, at least %.5g, after %.1f s%s", *(space.distance(v).item() for v in task.now[1:3]), time.monotonic() - crew.born, ", weights" if weights else "")
         rows.trim(task.now.reached)
-        if task.now.proof is not proof and (proof is None or prover.done): narrow, proof = _promising(rows, *_weights_of(task.now.proof)), task.now.proof
-        if prover.done and task.now[:3] == now[:3] and not exact: break
+        if task.now.proof is not proof and (proof is None or not weights): narrow, proof = _promising(rows, *_weights_of(task.now.proof)), task.now.proof
+        if not weights and task.now[:3] == now[:3] and not exact: break
 
 WIDE = 8192   # balls that the searches look at: the most promising ones of so many points or more
 
@@ -310,10 +310,10 @@ def _starts(space, crew, k, starts, seed):
     found = [(picks, reach[k]) for picks, reach in runs if len(picks) > k]
     return sorted(found, key=lambda f: f[1]), runs[0][0]
 
-def _round(task, crew, rows, team, begin, other=None, wait=False):
+def _round(task, crew, rows, team, begin, other=None, wait=False, steps=TRIES):
     "Searches side by side, and something else beside them; then the best found by any is the best known."
     now, ended = task.now, crew.flag() if wait else crew.stop
-    pieces = [lambda s=s, b=b: s.go(rows, *b, now.lower, 10**9 if wait else s.patience, ended) for s, b in zip(team, begin * len(team))]
+    pieces = [lambda s=s, b=b: s.go(rows, *b, now.lower, 10**9 if wait else min(steps, s.patience), ended) for s, b in zip(team, begin * len(team))]
     searching = crew.begin(*pieces, beside=wait)
     try: other and other()
     finally:

@@ -13,7 +13,7 @@ import torch
 from numba import njit
 from .distances import Rows, Space
 
-# %% ../../nbs/covering/12_search.ipynb #dab7bb7f
+# %% ../../nbs/covering/12_search.ipynb #d55db263
 class State(NamedTuple):
     "A search in the middle. Rows are points to cover, columns are balls, slots are the k places for chosen balls."
     row_start: np.ndarray   # (m + 1,) where each row's balls begin in `row_balls`
@@ -25,12 +25,13 @@ class State(NamedTuple):
     chosen: np.ndarray      # (n,) bool
     count: np.ndarray       # (m,) chosen balls that hold a row
     owner: np.ndarray       # (m,) exclusive or of their slots: the slot itself where there is one
+    account: np.ndarray     # (m,) to whom a row's weight belongs: its slot where there is one, k where there is none, k + 1 where there are more
     loss: np.ndarray        # (k + 1,) weight that only this slot's ball holds; the last place is for a ball that joins
     left: np.ndarray        # (m,) rows in no ball, in any order: the first `n_left`
     place: np.ndarray       # (m,) where a row stands in `left`
     n_left: np.ndarray      # (1,)
 
-# %% ../../nbs/covering/12_search.ipynb #2daaf3cb
+# %% ../../nbs/covering/12_search.ipynb #41ec32c1
 compiled = njit(cache=True, nogil=True)      # without Python's lock, so several searches run side by side
 
 @compiled
@@ -53,11 +54,14 @@ def _join(s, ball, slot):
         r = s.ball_rows[p]
         if s.count[r] == 0:
             s.loss[slot] += s.weight[r]
+            s.account[r] = slot
             s.n_left[0] -= 1
             last = s.left[s.n_left[0]]
             s.left[s.place[r]] = last
             s.place[last] = s.place[r]
-        elif s.count[r] == 1: s.loss[s.owner[r]] -= s.weight[r]
+        elif s.count[r] == 1:
+            s.loss[s.owner[r]] -= s.weight[r]
+            s.account[r] = len(s.slots) + 1
         s.count[r] += 1
         s.owner[r] ^= slot
     s.chosen[ball] = True
@@ -70,10 +74,13 @@ def _leave(s, ball, slot):
         s.count[r] -= 1
         s.owner[r] ^= slot
         if s.count[r] == 0:
+            s.account[r] = len(s.slots)
             s.left[s.n_left[0]] = r
             s.place[r] = s.n_left[0]
             s.n_left[0] += 1
-        elif s.count[r] == 1: s.loss[s.owner[r]] += s.weight[r]
+        elif s.count[r] == 1:
+            s.loss[s.owner[r]] += s.weight[r]
+            s.account[r] = s.owner[r]
     s.chosen[ball] = False
 
 @compiled
@@ -82,29 +89,26 @@ def _exchange(s, ball, slot):
     k, old = len(s.slots), s.slots[slot]
     _join(s, ball, k)
     _leave(s, old, slot)
-    for p in range(s.ball_start[ball], s.ball_start[ball + 1]): s.owner[s.ball_rows[p]] ^= k ^ slot
-    s.loss[slot], s.loss[k], s.slots[slot] = s.loss[k], 0, ball
-
-# %% ../../nbs/covering/12_search.ipynb #4f61960c
-@compiled
-def _best_slot(s, ball, cheapest, newest, saved, touched):
-    "(what the exchange costs, the slot) for one ball: the slot that is missed least."
-    gain, n = np.int64(0), 0
     for p in range(s.ball_start[ball], s.ball_start[ball + 1]):
         r = s.ball_rows[p]
-        if s.count[r] == 0: gain += s.weight[r]
-        elif s.count[r] == 1:
-            slot = s.owner[r]
-            if saved[slot] == 0:
-                touched[n] = slot
-                n += 1
-            saved[slot] += s.weight[r]
-    best = cheapest
-    for t in range(n):
-        slot = touched[t]
-        if slot != newest and s.loss[slot] - saved[slot] < s.loss[best] - saved[best]: best = slot
-    cost = s.loss[best] - saved[best] - gain
-    for t in range(n): saved[touched[t]] = 0
+        s.owner[r] ^= k ^ slot
+        if s.count[r] == 1: s.account[r] = slot
+    s.loss[slot], s.loss[k], s.slots[slot] = s.loss[k], 0, ball
+
+# %% ../../nbs/covering/12_search.ipynb #c9b41d03
+@compiled
+def _best_slot(s, ball, cheapest, newest, saved):
+    "(what the exchange costs, the slot) for one ball: the slot that is missed least. `saved`: (k + 2,) zeros."
+    k, begin, end = len(s.slots), s.ball_start[ball], s.ball_start[ball + 1]
+    for p in range(begin, end): saved[s.account[s.ball_rows[p]]] += s.weight[s.ball_rows[p]]
+    best, few = cheapest, k > end - begin
+    for p in range(begin, end) if few else range(k):                           # whichever is shorter: the rows or the slots
+        slot = s.account[s.ball_rows[p]] if few else p
+        if slot < k and slot != newest and s.loss[slot] - saved[slot] < s.loss[best] - saved[best]: best = slot
+    cost = s.loss[best] - saved[best] - saved[k]
+    if few:
+        for p in range(begin, end): saved[s.account[s.ball_rows[p]]] = 0
+    else: saved[:] = 0
     return cost, best
 
 @compiled
@@ -126,7 +130,7 @@ def tabu_search(s,        # `State`; changed
                ):         # exchanges made; no row is left where it succeeded
     "Exchange balls until every row lies in one. Rows that stay outside gain weight."
     k = len(s.slots)
-    saved, touched, state = np.zeros(k + 1, np.int64), np.empty(k + 1, np.int64), np.array([seed], np.uint64)
+    saved, state = np.zeros(k + 2, np.int64), np.array([seed], np.uint64)
     gone, newest = -1, -1
     for step in range(steps):
         if s.n_left[0] == 0 or stop[0]: return step
@@ -142,7 +146,7 @@ def tabu_search(s,        # `State`; changed
         for p in range(begin + _draw(state, stride), end, stride):
             j = s.row_balls[p]
             if j == gone or s.chosen[j]: continue
-            c, slot = _best_slot(s, j, cheapest, newest, saved, touched)
+            c, slot = _best_slot(s, j, cheapest, newest, saved)
             ties = 1 if ball < 0 or c < cost else ties + (c == cost)
             if ball < 0 or c < cost or (c == cost and _draw(state, ties) == 0): ball, leaves, cost = j, slot, c
         gone, newest = -1, -1
@@ -153,7 +157,7 @@ def tabu_search(s,        # `State`; changed
             for t in range(s.n_left[0]): s.weight[s.left[t]] += 1
     return steps
 
-# %% ../../nbs/covering/12_search.ipynb #6cde8589
+# %% ../../nbs/covering/12_search.ipynb #ebc3e99b
 GO = np.zeros(1, np.int64)   # never stops
 
 def state_of(near: tuple,         # (row_start, row_balls): who holds each row
@@ -165,8 +169,9 @@ def state_of(near: tuple,         # (row_start, row_balls): who holds each row
     row_start, row_balls = near
     m, k = len(row_start) - 1, len(centres)
     ball_start, ball_rows = columns_of(row_start, row_balls, n)
-    s = State(row_start, row_balls, ball_start, ball_rows, np.ones(m, np.int64) if weight is None else np.asarray(weight, np.int64), np.asarray(centres, np.int64),
-              np.zeros(n, bool), np.zeros(m, np.int64), np.zeros(m, np.int64), np.zeros(k + 1, np.int64), np.arange(m), np.arange(m), np.array([m]))
+    small = np.int16 if k < 2**15 - 1 else np.int32                    # what is looked up most often should stay in the fastest cache
+    s = State(row_start, row_balls, ball_start, ball_rows, np.ones(m, np.int32) if weight is None else np.asarray(weight, np.int32), np.asarray(centres, np.int64),
+              np.zeros(n, bool), np.zeros(m, small), np.zeros(m, small), np.full(m, k, small), np.zeros(k + 1, np.int64), np.arange(m), np.arange(m), np.array([m]))
     for slot, ball in enumerate(s.slots): _join(s, ball, slot)
     return s
 

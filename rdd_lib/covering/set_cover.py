@@ -95,7 +95,7 @@ def apart(rows: Rows, key, points,   # the points that are tried
             taken[near] = True
     return chosen
 
-# %% ../../nbs/covering/13_set_cover.ipynb #19235e89
+# %% ../../nbs/covering/13_set_cover.ipynb #7d30f32a
 class Dual(NamedTuple):
     "What the linear program says about one radius."
     bound: float            # proven: no cover is smaller
@@ -104,20 +104,21 @@ class Dual(NamedTuple):
     rows: list              # all points that were looked at
     columns: np.ndarray     # all balls that were looked at
     support: np.ndarray     # balls that the fractional cover uses
-    settled: bool           # the program was solved to its end: no weights give a higher bound
+    settled: bool           # no higher bound is to be had from weights, or none that is to be hoped for
 
 def lp_bound(rows: Rows,
              key,                        # of the radius
              points,                     # rows to begin with
              columns=(),                 # balls to begin with
              enough: float = inf,        # stop as soon as the bound is above this
-             only: bool = False,         # and as soon as it cannot get above `enough`: is this radius too small, or not?
+             only: bool = False,         # and as soon as it will not get above `enough`: is this radius too small, or not?
              deadline: float = inf,      # time.monotonic() at which to stop
              over=lambda: False,         # or when this says so
              batch: int = 100,           # rows that join at a time
             ) -> Dual:
     "A lower bound on the size of a cover, by row and column generation on the set-cover LP (HiGHS)."
     n, points, best, columns = len(rows.space), [*points], Dual(0., [], np.zeros(0), [*points], np.asarray(columns, int), np.zeros(0, int), False), np.asarray(columns, int)
+    before = 0.
     while time.monotonic() < deadline and not over():
         start, balls = rows.near(points, key)
         x, y, columns, weight, ended = _priced(start, balls, n, columns, enough, only, deadline)
@@ -127,7 +128,9 @@ def lp_bound(rows: Rows,
         best = best._replace(rows=points, columns=columns, support=columns[x > 1e-9])
         if best.bound > enough or not ended: break
         missed = _short(rows.space, key, best.support, x[x > 1e-9], points)[:batch]
-        if not len(missed): return best._replace(settled=True)
+        hopeless = only and x.sum() - before < .1 * (enough - x.sum())             # new rows bring too little
+        if not len(missed) or hopeless: return best._replace(settled=True)
+        before = x.sum()
         points = points + missed.tolist()
     return best
 

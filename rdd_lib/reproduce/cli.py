@@ -69,11 +69,11 @@ def list_(what: str = typer.Argument("all", help="data, methods, models, attacks
         title, rows = lookup(name, LISTS, "list")
         _table(title, rows())
 
-# %% ../../nbs/reproduce/55_cli.ipynb #7317af59
+# %% ../../nbs/reproduce/55_cli.ipynb #7d31b364
 @app.command(epilog=_examples("compress"))
 def compress(method: str = typer.Argument(help="a method, see `rdd list methods`"),
              data: str = typer.Argument(help="a data set, see `rdd list data`"),
-             out: Optional[Path] = typer.Option(None, "-o", "--out", help="where the result goes; default: <method>-<data>-<number>.safetensors", show_default=False),
+             out: Optional[Path] = typer.Option(None, "-o", "--out", help="where the result goes; default: such as mcs-mnist-ipc50.safetensors", show_default=False),
              ipc: Optional[int] = typer.Option(None, help="images per class"),
              total: Optional[int] = typer.Option(None, help="or images in all"),
              k: Optional[int] = typer.Option(None, "-k", help="for mcs: images per class, or in all with --budget total or joint"),
@@ -93,7 +93,7 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     images = load(data)
     counts_of(images, ipc, total)
-    out = out or Path(f"{method}-{data}-{ipc or total}.safetensors")
+    out = out or Path(f"{method}-{data}-{'ipc' if ipc else budget or 'total'}{ipc or total}.safetensors")
     require_writable(out)                                                     # said now, not after an hour
     run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if isinstance(compressor, Distiller) else {}
     made = compressor.compress(images, ipc=ipc, total=total, seed=seed, device=device, **run)
