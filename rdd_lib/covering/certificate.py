@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Leaf', 'Part', 'Certificate', 'verify_certificate', 'ClassCover', 'Cover', 'cover_of']
 
-# %% ../../nbs/covering/11_certificate.ipynb #d7230c04
+# %% ../../nbs/covering/11_certificate.ipynb #4cae4879
 from dataclasses import dataclass
 from math import inf
 import torch
 from torch import Tensor
 from ..core import check, lookup
-from .distances import TIE, Space, space_of
+from .distances import TIE, Space, never, space_of
 
-# %% ../../nbs/covering/11_certificate.ipynb #b474ad0b
+# %% ../../nbs/covering/11_certificate.ipynb #e7d5bb38
 @dataclass(frozen=True, eq=False)
 class Leaf:
     "Weights for one case of a proof."
     pairs: Tensor       # (m, 2) int64: a ball carries the weight if it holds both points; the same point twice: if it holds that point
     weights: Tensor     # (m,) int64, > 0
-    path: tuple = ()    # of (i, j, together): the case. Together: some ball holds i and j; else no ball that holds both is chosen
+    path: tuple = ()    # of (i, j, together): the case. Together: some chosen ball holds both i and j; else none does
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -71,11 +71,12 @@ class Certificate:
                  for p, (label, size, key) in enumerate(zip(t["labels"], t["sizes"], t["keys"]))]
         return cls(tuple(parts), "eta" if eta else "k", t["norm"] or None, by_label, whole)
 
-# %% ../../nbs/covering/11_certificate.ipynb #750704e7
+# %% ../../nbs/covering/11_certificate.ipynb #34fcfa36
 def verify_certificate(points,             # (N, d) or (N, C, H, W): the points that were covered, as they were given
                        certificate,        # `Certificate`, or the dict of its tensors
                        labels=None,        # (N,): their labels, where they were covered by label
                        *, k: int = None,   # the number of chosen points (per class, if it was per class) that a bound on the radius has to be about
+                       eta: float = None,  # the radius that a bound on the number of points has to be about
                        distances=None,     # (N, N) instead of points
                        embed=None,         # the model between whose outputs distances were measured
                        device="cpu",       # where distances are computed
@@ -89,8 +90,10 @@ def verify_certificate(points,             # (N, d) or (N, C, H, W): the points 
     check(space.bytes == c.bytes, f"the certificate is of {'bytes' if c.bytes else 'floats'}, and so must be the points")
     names = [part.label for part in c.parts]
     check(len(names) > 0 and len(set(names)) == len(names) and (None not in names or len(names) == 1), f"the parts must be of different labels, got {names}")
+    check(c.problem == "k" or len({part.key for part in c.parts}) == 1, "the parts of a bound on the number of points must be about one radius")
     for part in c.parts:
         check(c.problem == "eta" or part.size > max(1, k or 0), f"the certificate is about {part.size - 1} points, not {k}")
+        check(c.problem == "k" or eta is None or part.key >= space.key_of(eta), f"the certificate is about a smaller radius than {eta}")
         _verify_part(space, part, c.problem == "eta")
     if c.problem == "eta": return float(sum(part.size for part in c.parts))
     return max(space.distance(part.key).item() for part in c.parts)
@@ -99,7 +102,10 @@ def _verify_part(space, part, closed):
     where = "" if part.label is None else f" of label {part.label}"
     check(part.label is None or space.labels is not None, "a part with a label needs a cover by label")
     check(isinstance(part.size, int) and part.size >= 1, f"size{where} must be a whole number >= 1, got {part.size!r}")
-    points = torch.cat([leaf.pairs.flatten() for leaf in part.leaves]).unique() if part.leaves else torch.tensor([], dtype=torch.int64)
+    check(isinstance(part.key, float if space.dtype.is_floating_point else int) and 0 <= part.key <= never(space.dtype),
+          f"the key{where} must be {'a number' if space.dtype.is_floating_point else 'a whole number'} >= 0, got {part.key!r}")
+    named = [leaf.pairs.flatten() for leaf in part.leaves] + [torch.tensor([p for step in leaf.path for p in step[:2]], dtype=torch.int64) for leaf in part.leaves]
+    points = torch.cat(named).unique() if named else torch.tensor([], dtype=torch.int64)
     check(len(points) > 0, f"the part{where} gives no weights")
     check(0 <= points[0] and points[-1] < len(space), f"the certificate names point {int(points[-1] if points[0] >= 0 else points[0])} of {len(space)}")
     balls = torch.arange(len(space)) if part.label is None else (space.labels == part.label).nonzero()[:, 0].cpu()
@@ -134,12 +140,11 @@ def _verify_leaf(leaf, points, held, size, where):
     for at in torch.arange(len(y)).split(64): weight += (held[row[at, 0]] & held[row[at, 1]]).double().T @ y[at].double()
     for i, j, side in leaf.path:
         a, b = (int(torch.searchsorted(points, v)) for v in (i, j))
-        check(a < len(points) and b < len(points) and points[a] == i and points[b] == j, f"a case{where} is about a point without weight")
         if not side: weight[held[a] & held[b]] = 0
     fullest = int(weight.max())
     check((size - 1) * fullest < total, f"{size - 1} balls{where} may hold {(size - 1) * fullest} and so all of the weight {total}: fewer than {size} points are not ruled out")
 
-# %% ../../nbs/covering/11_certificate.ipynb #3549a9cc
+# %% ../../nbs/covering/11_certificate.ipynb #8221f0b4
 @dataclass(frozen=True)
 class ClassCover:
     "What is known about the cover of one class."
@@ -187,7 +192,7 @@ class Cover:
               distances=None,     # or the distances that were covered
               embed=None,         # the model between whose outputs distances were measured
              ) -> "Cover":        # itself
-        "Recompute the covering and the certificate from scratch. Raises `BadArgument` that says what does not hold."
+        "Recompute the covering, the counts and what the certificate proves. A `lower_bound` above `certified` is a program's word, and is not checked. Raises `BadArgument` that says what does not hold."
         check(not self.by_label or labels is not None, "labels are needed to check a cover that was made label by label")
         space, n = space_of(points, distances, self.norm, labels if self.by_label else None, embed=embed), len(self.assignment)
         check(len(space) == n, f"points must be the {n} that were covered, got {len(space)}")
@@ -198,7 +203,13 @@ class Cover:
         far = int((key > space.key_of(self.eta)).sum())
         check(not far, f"{far} points lie outside every ball of radius {self.eta:.6g}")
         check(torch.equal(nearest, self.assignment), "a point is assigned to a centre that is not its nearest")
-        proven = 0. if self.certificate is None else verify_certificate(points, self.certificate, labels, distances=distances, embed=embed)
+        limit = key.max().item() if self.problem == "k" else space.key_of(self.eta)
+        check(torch.equal(_balls(space, self.indices, limit), self.balls), "a ball does not hold as many points as it says")
+        reached = len(self) if self.problem == "eta" else self.radius
+        check(self.lower_bound <= reached and (not self.optimal or self.lower_bound >= reached * (1 - TIE)), "lower_bound, optimal and what was reached do not fit together")
+        c = self.certificate
+        check(c is None or (c.problem, c.norm, c.by_label) == (self.problem, self.norm, self.by_label), "the certificate is about another problem, norm or use of labels")
+        proven = 0. if c is None else verify_certificate(points, c, labels, eta=self.eta if self.problem == "eta" else None, distances=distances, embed=embed)
         check(proven >= self.certified, f"the certificate proves {proven:.6g}, not {self.certified:.6g}")
         for part in self.certificate.parts if self.certificate and self.problem == "k" else ():
             k = len(self) if part.label is None else int((space.labels[self.indices] == part.label).sum())
@@ -212,7 +223,11 @@ class Cover:
         known = "proven optimal" if self.optimal else f"at least {self.lower_bound:.4g} (gap {self.gap:.2%})"
         return f"Cover({what}; {of}: {known}{'' if self.certificate is None else ', certificate'}{', interrupted' if self.interrupted else ''})"
 
-# %% ../../nbs/covering/11_certificate.ipynb #c1f22845
+# %% ../../nbs/covering/11_certificate.ipynb #d037cba9
+def _balls(space, centres, key):
+    "How many points the closed ball around each centre holds."
+    return sum((space.keys(s, centres) <= key).sum(0).cpu() for s in space.bands(len(centres)))
+
 def cover_of(space: Space,         # the points; with labels if a point may only be covered by its own
              centres,              # chosen points, in any order
              lower: float,         # proven lower bound, on the size or on the radius
@@ -227,7 +242,7 @@ def cover_of(space: Space,         # the points; with labels if a point may only
     radius = space.distance(key.max()).item()
     reached = radius if eta is None else len(indices)
     limit = key.max().item() if eta is None else space.key_of(eta)
-    balls = sum((space.keys(s, indices) <= limit).sum(0).cpu() for s in space.bands(len(indices)))
+    balls = _balls(space, indices, limit)
     optimal = lower >= reached * (1 - TIE) if eta is None else lower >= reached
     certificate, certified = None, 0.
     if parts:

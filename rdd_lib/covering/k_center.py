@@ -52,13 +52,16 @@ def _check_k(k, space, what="k"):
     classes = 1 if space.labels is None else len(space.labels.unique())
     check(k >= classes, f"{what} = {k} points cannot cover {classes} classes, each by its own")
 
-# %% ../../nbs/covering/14_k_center.ipynb #f9aaf63d
+# %% ../../nbs/covering/14_k_center.ipynb #b5a20e10
 FIRST, FINE = .04, .0005   # steps of the key: from these parts of it, halved at every failure, down to these
 LOOKS = (400, 100, 1000, 200)   # balls that each search looks at for one exchange
 
 class Searcher:
     "One search with a memory: which points are hard to reach, how far it dares to ask, how often it has asked."
-    def __init__(self, space: Space, watched, look: int, seed: int):
+    def __init__(self, space: Space,
+                 watched,       # points to look at first
+                 look: int,     # balls that are looked at for one exchange
+                 seed: int):
         self.space, self.watched, self.look, self.seed, self.step, self.asked = space, dict.fromkeys(watched, 1), look, seed, FIRST, 0
         self.patience = min(TRIES, 100 * len(space))       # exchanges after which a question is given up
 
@@ -96,12 +99,13 @@ def _part(rows, points, weights, k):
     key = proven_key(rows, points, y, k)
     return Part(None, k + 1, key, (leaf_of(points, y),)) if key > 0 else None
 
-# %% ../../nbs/covering/14_k_center.ipynb #23cc5a6b
+# %% ../../nbs/covering/14_k_center.ipynb #992d60ec
 NARROW = 2e-4   # the bisection ends when the last key ruled out and the first that is not are this near, or a tenth of the gap
 
 class Prover:
     "Pushes up the bound by the linear program, one question a call."
-    def __init__(self, rows: Rows, k: int, points):
+    def __init__(self, rows: Rows, k: int,
+                 points):   # rows to begin with
         self.rows, self.k, self.points, self.columns, self.open, self.stuck = rows, k, [*points], (), None, False   # open: weights cannot rule out this key
 
     def level(self, key, lower):
@@ -366,7 +370,7 @@ def _one_centre(space, over):
     lower = number(min(best.reached, least.min().item()) * (1 - TIE / 2) if space.dtype.is_floating_point else least.min().item())
     return best._replace(lower=lower, proof=Part(None, 2, lower, (leaf_of(far, np.ones(len(far), np.int64)),)) if lower > 0 else None)
 
-# %% ../../nbs/covering/14_k_center.ipynb #99173930
+# %% ../../nbs/covering/14_k_center.ipynb #03996144
 BUDGETS = ("per_class", "total", "joint")
 
 def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
@@ -378,7 +382,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
           budget: str = "per_class",  # 'per_class', 'total' or 'joint'; without labels always 'joint'
           time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
           gap: float = 0.,          # stop when 1 - lower_bound / radius is at most this, in every class
-          solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': no program, only its LP bound; 'greedy': not even that
+          solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': linear programs only; 'greedy': not even those
           seed: int = 0,            # of the starts and the searches
           device="cpu",             # where distances are computed
           starts: int = 8,          # runs of farthest-first
@@ -387,7 +391,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
     """The k points with the smallest covering radius, and a proof of how small it can be (k-MCS, Theorem 1.2, Algorithm 1).
 
     Raises `BadArgument` for a k that is no number of points, an empty set, NaN, labels of another length. Ctrl-C returns the best so far, marked `interrupted`.
-    With `solver='lp'` the same arguments give the same cover on any machine, as long as the time does not run out; 'auto' goes on while it may help, and its radius is the same wherever it is proven optimal."""
+    With `solver='lp'` the same arguments give the same cover (of up to 16,384 points), as long as the time does not run out; 'auto' goes on while it may help, and its radius is the same wherever it is proven optimal."""
     check(budget in BUDGETS, f"budget must be 'per_class', 'total' or 'joint', got {budget!r}")
     check(isinstance(starts, int) and starts >= 1, f"starts must be a whole number >= 1, got {starts!r}")
     check_limits(time_limit, solver, gap)

@@ -175,12 +175,13 @@ def state_of(near: tuple,         # (row_start, row_balls): who holds each row
     for slot, ball in enumerate(s.slots): _join(s, ball, slot)
     return s
 
-# %% ../../nbs/covering/12_search.ipynb #6abd9bef
+# %% ../../nbs/covering/12_search.ipynb #66065355
 @compiled
 def first_full(balls,    # (e,) the ball that reaches a weighted point, in the order of distance
                weights,  # (e,) what it then holds in addition
                n,        # balls in all
-               k, total):
+               k,        # balls that may be chosen
+               total):   # of all weights
     "The position at which some ball first holds a k-th part of the total, or -1."
     held = np.zeros(n, np.int64)
     for p in range(len(balls)):

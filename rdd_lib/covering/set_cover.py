@@ -95,7 +95,7 @@ def apart(rows: Rows, key, points,   # the points that are tried
             taken[near] = True
     return chosen
 
-# %% ../../nbs/covering/13_set_cover.ipynb #7d30f32a
+# %% ../../nbs/covering/13_set_cover.ipynb #fb42c7c0
 class Dual(NamedTuple):
     "What the linear program says about one radius."
     bound: float            # proven: no cover is smaller
@@ -118,7 +118,6 @@ def lp_bound(rows: Rows,
             ) -> Dual:
     "A lower bound on the size of a cover, by row and column generation on the set-cover LP (HiGHS)."
     n, points, best, columns = len(rows.space), [*points], Dual(0., [], np.zeros(0), [*points], np.asarray(columns, int), np.zeros(0, int), False), np.asarray(columns, int)
-    before = 0.
     while time.monotonic() < deadline and not over():
         start, balls = rows.near(points, key)
         x, y, columns, weight, ended = _priced(start, balls, n, columns, enough, only, deadline)
@@ -128,9 +127,8 @@ def lp_bound(rows: Rows,
         best = best._replace(rows=points, columns=columns, support=columns[x > 1e-9])
         if best.bound > enough or not ended: break
         missed = _short(rows.space, key, best.support, x[x > 1e-9], points)[:batch]
-        hopeless = only and x.sum() - before < .1 * (enough - x.sum())             # new rows bring too little
+        hopeless = only and len(missed) < batch // 3 and x.sum() < enough - .5      # nearly all rows are there, and much is lacking
         if not len(missed) or hopeless: return best._replace(settled=True)
-        before = x.sum()
         points = points + missed.tolist()
     return best
 
@@ -177,7 +175,7 @@ def _short(space, key, support, x, known):
     missed = np.flatnonzero(short > 1e-6)
     return missed[np.argsort(-short[missed], kind="stable")]
 
-# %% ../../nbs/covering/13_set_cover.ipynb #af030960
+# %% ../../nbs/covering/13_set_cover.ipynb #31d6336b
 def part_of(rows: Rows,
             key,              # closed balls of this radius
             points, weights,  # of the points, >= 0
@@ -189,7 +187,9 @@ def part_of(rows: Rows,
     fullest = int(np.bincount(balls, np.repeat(y, np.diff(start))).max())
     return Part(label, -(-int(y.sum()) // fullest), number(key), (leaf_of(points, y),))
 
-def whole_weights(points, weights, unit: int = 10**6):
+def whole_weights(points, weights,
+                  unit: int = 10**6,   # what the largest weight becomes
+                 ):
     "(points, whole numbers): weights as millionths of the largest; what rounds to nothing is left out."
     y = np.rint(np.asarray(weights, float) * (unit / max(weights))).astype(np.int64)
     return [int(p) for p, v in zip(points, y) if v > 0], y[y > 0]
@@ -203,7 +203,7 @@ def number(key):
     "A key as a plain number."
     return float(key) if isinstance(key, (float, np.floating)) else int(key)
 
-# %% ../../nbs/covering/13_set_cover.ipynb #16faf30c
+# %% ../../nbs/covering/13_set_cover.ipynb #099ac4ca
 MILP_CELLS = 150_000   # entries of the largest program that HiGHS is given: on larger ones it takes many minutes
 AT_ONCE = 3_000        # entries up to which it runs in this process
 
@@ -212,7 +212,7 @@ def _highs(a, at_most, seconds):
     solve = _milp if a.nnz <= AT_ONCE else _milp_apart
     status, s, bound = solve(a, at_most, seconds)
     if status == 2: return None, at_most + 1
-    return s, ceil(max(0, bound or 0) - 1e-6)
+    return s, ceil(max(0, bound if bound and bound < inf else 0) - 1e-6)
 
 def _milp(a, at_most, seconds):
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -297,10 +297,11 @@ def min_cover(rows: Rows,
         points += new[np.argsort(-reached[new], kind="stable")][:50].tolist()
     return None, lower
 
-# %% ../../nbs/covering/13_set_cover.ipynb #1eb8422b
+# %% ../../nbs/covering/13_set_cover.ipynb #7972cc3e
 class Crew:
     "Threads for heavy pieces of work, the time at which to stop, and a way to be stopped by hand."
-    def __init__(self, seconds: float = inf, cores: int = None):
+    def __init__(self, seconds: float = inf,   # until it is over
+                 cores: int = None):           # None: as many as torch may use
         from rdd_lib.covering.search import ready
         ready()                                                    # compiling is not searching
         self.deadline, self.born, self.stopped, self._flags = time.monotonic() + seconds, time.monotonic(), threading.Event(), []
@@ -357,7 +358,7 @@ def tasks_of(space: Space, by_class: bool) -> list[Task]:
     parts = [(int(c), (space.labels == c).nonzero()[:, 0].cpu()) for c in space.labels.unique()]
     return [Task(c, index, replace(space.take(index), labels=None)) for c, index in parts]
 
-# %% ../../nbs/covering/13_set_cover.ipynb #f2ce36f4
+# %% ../../nbs/covering/13_set_cover.ipynb #0d9fed83
 def side_by_side(solve,          # (task, crew): improves task.now until it is satisfied, or crew.over()
                  tasks: list,
                  crew: Crew,
@@ -373,12 +374,12 @@ def side_by_side(solve,          # (task, crew): improves task.now until it is s
             while wait(running, .2, return_when="FIRST_EXCEPTION").not_done and not any(r.done() and r.exception() for r in running):
                 crew.over()
                 told.set_description_str(f"{line()}, {time.monotonic() - crew.born:.0f} s", refresh=time.monotonic() > crew.born + 2)
-        for r in running: r.result()
+        for r in sorted(running, key=lambda r: not r.done()): r.result()                # an error first
         return False
     except KeyboardInterrupt:
         return True
     finally:
-        crew.stopped.set()
+        crew.stopped.set(); crew.over()                            # compiled loops look at their flags only
         torch.set_num_threads(threads)
         drivers.shutdown(wait=False); crew.close()
 
@@ -432,7 +433,7 @@ def _fewer(task, crew, rows, key, weights, seed):
         else: share /= 2
     return task.now.reached < best
 
-# %% ../../nbs/covering/13_set_cover.ipynb #e23059c4
+# %% ../../nbs/covering/13_set_cover.ipynb #bda8db43
 def check_limits(time_limit, solver, gap: float = 0.) -> None:
     "Refuse a time limit below zero, an unknown solver, a gap that is no part."
     check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
@@ -447,7 +448,7 @@ def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are
             labels=None,              # (N,): a point may only be covered by one of its own label; each class is solved on its own
             time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
             gap: float = 0.,          # stop when 1 - lower_bound / size is at most this, in every class
-            solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': no program, only its LP bound; 'greedy': not even that
+            solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': linear programs only; 'greedy': not even those
             seed: int = 0,            # of the searches
             device="cpu",             # where distances are computed
             progress: bool = True,    # a line that says how it goes, if it takes longer than two seconds
