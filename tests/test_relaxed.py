@@ -2,7 +2,6 @@
 import itertools
 from dataclasses import replace
 from math import inf
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
