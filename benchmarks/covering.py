@@ -190,16 +190,19 @@ def instances(args):
 def same(row): return tuple("" if pd.isna(row[c]) else str(row[c]) for c in SAME)
 
 
-def kept(path, again):
-    "Rows of earlier runs, without those to make again."
+def kept(path, again, wanted):
+    "Rows of earlier runs, without those of the wanted instances that are to be made again."
     if not path.exists(): return []
     rows = pd.read_csv(path, dtype={c: str for c in SAME}).to_dict("records")
-    return [r for r in rows if r["method"] not in again and not str(r["note"]).startswith("failed")]
+    name = lambda values: tuple("" if pd.isna(v) else str(v) for v in values)
+    old = {name(values) for values in wanted}
+    repeated = lambda r: r["method"] in again and name(r[c] for c in ("data", "class", "N", "k")) in old
+    return [r for r in rows if not repeated(r) and not str(r["note"]).startswith("failed")]
 
 
 def main(args):
     path, here, threads = Path(args.out), machine(), torch.get_num_threads()
-    rows = kept(path, args.again)
+    rows = kept(path, args.again, instances(args))
     for data, label, n, k in instances(args):
         for method in args.methods:
             limit = {"naive": args.naive_limit, "ours": args.time_limit}.get(method)
