@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check', 'lookup',
            'describe', 'digest', 'with_settings', 'subseed', 'generator', 'seeded', 'device_of', 'atomic',
-           'require_writable', 'progress', 'check_images']
+           'require_writable', 'kept', 'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import contextlib, hashlib, json, os, tempfile, warnings
@@ -72,10 +72,12 @@ def digest(o, length: int = 16) -> str:
     "A short hash of everything `describe` says about `o`."
     return hashlib.sha256(json.dumps(describe(o), sort_keys=True).encode()).hexdigest()[:length]
 
-# %% ../nbs/00_core.ipynb #d1a48db4
-def _converted(old, new, name):
+# %% ../nbs/00_core.ipynb #b0e4ed3e
+def _converted(old, new, name, may_be_none):
     "`new`, a string from the command line or a value, as the type that `old` has."
-    if not isinstance(new, str) or isinstance(old, str): return new
+    if not isinstance(new, str): return new
+    if may_be_none and new in ("None", "none", "null"): return None
+    if isinstance(old, str): return new
     try: value = json.loads(new.lower() if new in ("True", "False", "None") else "0" + new if new.startswith(".") else new)
     except json.JSONDecodeError: value = float(new) if new in ("inf", "-inf") else new
     if value is None and old is None: return value
@@ -87,15 +89,16 @@ def _converted(old, new, name):
     check(ok, f"setting {name!r} must be of type {kind.__name__} (it is {old!r}), got {new!r}")
     return value
 
-# %% ../nbs/00_core.ipynb #3fc59bf8
+# %% ../nbs/00_core.ipynb #1f22e0f1
 def with_settings(o,                # a frozen dataclass
                   **settings,       # name=value; a dotted name reaches into a nested dataclass; strings are parsed
                  ):
     "A copy of `o` with some settings changed. Raises `UnknownName` for a name that is no setting, `BadArgument` for a wrong type."
     for name, value in settings.items():
         head, _, rest = name.partition(".")
-        old = lookup(head, {f.name: getattr(o, f.name) for f in fields(o)}, f"setting of {type(o).__name__}")
-        o = replace(o, **{head: with_settings(old, **{rest: value}) if rest else _converted(old, value, name)})
+        field = lookup(head, {f.name: f for f in fields(o)}, f"setting of {type(o).__name__}")
+        old = getattr(o, head)
+        o = replace(o, **{head: with_settings(old, **{rest: value}) if rest else _converted(old, value, name, "None" in str(field.type))})
     return o
 
 # %% ../nbs/00_core.ipynb #e09372c5
@@ -162,6 +165,12 @@ def require_writable(path) -> Path:
     check(not path.is_dir(), f"cannot write {str(path)!r}: it is a folder", Unwritable)
     Path(_temporary(path)).unlink()
     return path
+
+# %% ../nbs/00_core.ipynb #840c664b
+def kept(what: str) -> Path:   # "cells", "compressed", "signals"
+    "The folder where one kind of finished work is kept: `$RDD_STORE` for cells and its neighbours for the rest, else under `$XDG_CACHE_HOME` or `~/.cache`."
+    cells = Path(os.environ.get("RDD_STORE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rdd_lib" / "cells").expanduser()
+    return cells if what == "cells" else cells.parent / what
 
 # %% ../nbs/00_core.ipynb #41a60fb1
 def progress(iterable=None, show: bool = True, **settings):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KCenterGreedy', 'MinimalCoreset', 'verify_coreset']
 
-# %% ../../nbs/coresets/21_covering.ipynb #f10413fc
+# %% ../../nbs/coresets/21_covering.ipynb #4a43609e
 from dataclasses import dataclass
 import torch
 from ..compressed import Compressed, Compressor, method
+from .basic import Coreset, groups
 from ..core import check, device_of, generator
 from ..covering.certificate import Certificate, cover_of, verify_certificate
 from ..covering.distances import check_norm, space_of
@@ -16,18 +17,19 @@ from ..covering.k_center import k_mcs
 from ..covering.set_cover import check_limits, farthest_first
 from ..data import ImageSet
 
-# %% ../../nbs/coresets/21_covering.ipynb #897fe4d8
+# %% ../../nbs/coresets/21_covering.ipynb #f564f5bd
 @method("k_center_greedy", "Gonzalez 1985; Sener & Savarese, ICLR 2018", alias="kcg")
 @dataclass(frozen=True)
-class KCenterGreedy(Compressor):
+class KCenterGreedy(Coreset):
     "Farthest-first in each class: a 2-approximation of the smallest covering radius."
     norm: float = 2   # of the distance between images: 1, 2 or inf
 
-    def __post_init__(self): check_norm(self.norm)
+    def __post_init__(self): super().__post_init__(); check_norm(self.norm)
 
     def make(self, data, counts, seed, device):
-        space, g, picked, lower = space_of(data.x, None, self.norm, data.y, device_of(device)), generator(seed, "start"), [], 0.
-        for rows, k in zip(data.per_class, counts):
+        space = space_of(data.x, None, self.norm, None if self.balance is None else data.y, device_of(device))
+        g, picked, lower = generator(seed, "start"), [], 0.
+        for rows, k in groups(data, counts, self.balance):
             start = int(torch.randint(len(rows), (), generator=g))
             chosen, reach, key = farthest_first(space.take(rows), min(k + 1, len(rows)), start)
             picked.append(rows[chosen[:k]])

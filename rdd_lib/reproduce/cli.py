@@ -69,7 +69,7 @@ def list_(what: str = typer.Argument("all", help="data, methods, models, attacks
         title, rows = lookup(name, LISTS, "list")
         _table(title, rows())
 
-# %% ../../nbs/reproduce/55_cli.ipynb #7d31b364
+# %% ../../nbs/reproduce/55_cli.ipynb #8899600a
 @app.command(epilog=_examples("compress"))
 def compress(method: str = typer.Argument(help="a method, see `rdd list methods`"),
              data: str = typer.Argument(help="a data set, see `rdd list data`"),
@@ -84,7 +84,7 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
              device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N"),
              set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the method: name=value", show_default=False)):
     "Compress a data set into one file."
-    from rdd_lib.compressed import budget as counts_of, find_method, save
+    from rdd_lib.compressed import find_method, save
     from rdd_lib.core import require_writable
     from rdd_lib.data import load
     from rdd_lib.distill.synthetic import Distiller
@@ -92,7 +92,7 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
     compressor = with_settings(find_method(method).make(), **short, **parse_settings(set_))
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     images = load(data)
-    counts_of(images, ipc, total)
+    compressor.counts(images, ipc, total)
     out = out or Path(f"{method}-{data}-{'ipc' if ipc else budget or 'total'}{ipc or total}.safetensors")
     require_writable(out)                                                     # said now, not after an hour
     run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if isinstance(compressor, Distiller) else {}

@@ -29,7 +29,7 @@ def _cosine(t): return .5 * (1 + torch.cos(torch.tensor(t * torch.pi)).item())
 
 SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "step": _step}   # "step": x .1 at half, as DC, DSA and DM evaluate
 
-# %% ../../nbs/robust/34_training.ipynb #c002b390
+# %% ../../nbs/robust/34_training.ipynb #358d4b7c
 @dataclass(frozen=True)
 class Trainer:
     "SGD on an objective: `Trainer(...)(net, data, seed)` gives a trained model in eval mode."
@@ -38,6 +38,7 @@ class Trainer:
     steps: int | None = None       # SGD steps in all; replaces `epochs`
     lr: float = .01                # learning rate
     momentum: float = .9
+    nesterov: bool = False         # momentum as Nesterov has it
     weight_decay: float = 5e-4
     batch: int = 50                # images in a batch
     schedule: str = "constant"     # one of `SCHEDULES`
@@ -57,6 +58,7 @@ class Trainer:
                  seed: int = 0,              # of initialisation, order and attacks, each with a stream of its own
                  device: str = "auto",
                  log: list | None = None,    # where given, the loss of every step is appended
+                 watch=None,                 # where given, called in every step with the batch's indices and the model's last logits for it
                 ) -> nn.Module:
         "Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number."
         device = device_of(device)
@@ -65,13 +67,17 @@ class Trainer:
         x, y, w = data.images(device).to(**layout), targets(data).to(device), self._weights(data, device)
         order, draws = generator(seed, "order"), generator(seed, "attack", device=device)
         total = self.steps or self.epochs * -(-len(data) // self.batch)
-        opt = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+        opt = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
+        last = {}                                           # before the step that they lead to
+        hook = model.register_forward_hook(lambda module, inputs, logits: last.update(logits=logits.detach())) if watch else None
         for step, i in zip(progress(range(total), desc="training"), batches(len(data), self.batch, order)):
             i = i.to(device)
             opt.param_groups[0]["lr"] = self.lr * SCHEDULES[self.schedule](step / total)
             with self._autocast(device): loss = self.objective(model, x[i], y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
+            if watch: watch(i, last["logits"])
+        if hook: hook.remove()
         check(bool(torch.isfinite(loss)), f"training diverged: the loss is {loss.item()} after {total} steps with lr={self.lr}; try a smaller lr")
         return model.eval()
 
