@@ -32,7 +32,7 @@ def parse_settings(settings: list[str] | None,  # ["name=value", ...]
     for s in settings or []: check("=" in s.strip("="), f"--set takes name=value, got {s!r}")
     return dict(s.split("=", 1) for s in settings or [])
 
-# %% ../../nbs/reproduce/55_cli.ipynb #3d385c08
+# %% ../../nbs/reproduce/55_cli.ipynb #ef816f1f
 def _table(title, rows):
     width = max(len(r[0]) for r in rows)
     typer.echo(f"{title}\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows) + "\n")
@@ -40,7 +40,7 @@ def _table(title, rows):
 def _methods():
     from rdd_lib.compressed import methods
     settings = lambda m: ", ".join(f.name for f in fields(m.make)) or "no settings"
-    return [(name + (f" ({m.alias})" if m.alias else ""), f"{m.make.__doc__.splitlines()[0]} [{settings(m)}]") for name, m in methods().items()]
+    return [(name + (f" ({m.alias})" if m.alias else ""), f"{m.make.__doc__.splitlines()[0]} {m.paper}. [{settings(m)}]") for name, m in methods().items()]
 
 def _data():
     from rdd_lib.data import DATASETS

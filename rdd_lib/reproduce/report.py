@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'papers_folder', 'published', 'Summary', 'summary', 'means', 'wide', 'welch', 'beside', 'to_text',
-           'scatter', 'curves', 'save_figure', 'save_table']
+           'scatter', 'curves', 'compared', 'save_figure', 'save_table']
 
 # %% ../../nbs/reproduce/52_report.ipynb #017196b2
 import os
@@ -352,6 +352,39 @@ def _name_ends(ax, ends):
     for i, p in zip(order, place, strict=True):
         _, y, name, colour = ends[i]
         ax.annotate(name, (right, y), (7, p - height[i]), textcoords="offset points", color=colour, va="center", annotation_clip=False)
+
+# %% ../../nbs/reproduce/52_report.ipynb #e6fd0e3a
+def compared(table,                      # as from `beside`, for one data set; with columns ours_lo and ours_hi, the wider interval is drawn
+             label: str = "method",      # column with the names
+             title: str = "",
+             xlabel: str = "%",
+             width: float = 8.5,         # inches
+            ):                           # matplotlib Figure
+    "Ours (filled, with its spread or interval) and the published number (hollow diamond) on a line for each method, a panel for each score."
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+    _check_columns(table, [label, "score", "ours", "ours_sd", "published", "published_sd"], "table")
+    seen = table[table.ours.notna() | table.published.notna()]
+    names, scores = list(dict.fromkeys(seen[label])), list(dict.fromkeys(seen["score"]))
+    with mpl.rc_context(_STYLE):
+        fig, axes = plt.subplots(1, len(scores), figsize=(width, .22 * len(names) + 1), sharey=True, squeeze=False)
+        plt.close(fig)
+        for ax, s in zip(axes[0], scores, strict=True):
+            for row in seen[seen["score"] == s].to_dict("records"): _compared_line(ax, row, names.index(row[label]))
+            ax.set(xlabel=xlabel, title=s, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5))
+        fig.suptitle(title, fontsize=10)
+    return fig
+
+def _compared_line(ax, row, at):
+    "One method in one panel."
+    ours, theirs = row["ours"], row["published"]
+    if ours == ours and theirs == theirs: ax.plot([ours, theirs], [at, at], color=".7", lw=1, zorder=1)
+    if theirs == theirs: ax.errorbar(theirs, at, xerr=_or_zero(row["published_sd"]), fmt="D", ms=4, mfc="white", color=".35", lw=1)
+    if ours != ours: return
+    low, high = (max(_or_zero(row["ours_sd"]), _or_zero(sign * (row.get(end, nan) - ours))) for sign, end in ((-1, "ours_lo"), (1, "ours_hi")))
+    ax.errorbar(ours, at, xerr=[[low], [high]], fmt="o", ms=4, color=_colours(1)[0], lw=1.4)
+
+def _or_zero(v): return v if v == v else 0.
 
 # %% ../../nbs/reproduce/52_report.ipynb #1196c70f
 def save_figure(fig,                     # matplotlib Figure

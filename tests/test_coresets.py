@@ -1,0 +1,488 @@
+"""What must hold of every coreset method in the registry, and of what they are made of, against plain restatements: greedy by trying everything on the full matrix,
+gradients from autograd or really formed as outer products, apricot's facility location, scikit-learn's OMP, scipy's NNLS. One small proxy is trained once."""
+import functools
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings, strategies as st
+from rdd_lib.compressed import load_compressed, methods, save
+from rdd_lib.core import BadArgument, generator, kept
+from rdd_lib.coresets import signals as signals_module
+from rdd_lib.coresets.basic import Coreset
+from rdd_lib.coresets.gradients import Glister, GradMatch, nonnegative_omp
+from rdd_lib.coresets.herding import herd
+from rdd_lib.coresets.scores import CCS, SCORES, Ranked
+from rdd_lib.coresets.signals import Gradients, Proxy, SignalCoreset, Signals, read, signals
+from rdd_lib.coresets.submodular import Similarities, cosines, facility_location, graph_cut, nearness
+from rdd_lib.data import ImageSet, load, sample, shares
+from rdd_lib.models import Net
+from rdd_lib.robust.attacks import PGD
+from rdd_lib.robust.threats import L2, Linf
+from rdd_lib.robust.training import Trainer
+
+NAMES = [name for name, m in methods().items() if issubclass(m.make, Coreset)]
+SIGNAL = [name for name in NAMES if issubclass(methods()[name].make, SignalCoreset)]
+DRAWN = ("random", "k_center_greedy", "ccs")       # chance decides more than ties here
+FAST = Proxy(Net("mlp", dict(width=32)), Trainer(epochs=3, lr=.05, batch=32))
+SIZES = (60, 40, 30, 25, 20, 15, 12, 10, 8, 6)     # of the classes of the lopsided set
+every = pytest.mark.parametrize("name", NAMES)
+some = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 10**6)
+
+
+# --- what is tested on ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory): return tmp_path_factory.mktemp("coresets") / "cells"
+
+
+@pytest.fixture(autouse=True)
+def own_store(store, monkeypatch):
+    "One for this file, so that the proxy is trained once."
+    monkeypatch.setenv("RDD_STORE", str(store))
+
+
+@pytest.fixture(scope="module")
+def mnist5k(): return load("mnist5k")
+
+
+@pytest.fixture(scope="module")
+def lopsided(mnist5k):
+    "226 digits: 60 zeros ... 6 nines, in any order."
+    rows = torch.cat([own[:n] for own, n in zip(mnist5k.per_class, SIZES)])
+    return mnist5k.subset(rows[torch.randperm(len(rows), generator=generator(0))])
+
+
+@pytest.fixture(scope="module")
+def seen(lopsided): return signals(lopsided, FAST, device="cpu", keep=False)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    "A function: from now on, all methods hear the signals that it is given."
+    return lambda s: monkeypatch.setattr(signals_module, "signals", lambda *args, **settings: s)
+
+
+def coreset(name, **settings):
+    make = methods()[name].make
+    return make(**({"proxy": FAST} if issubclass(make, SignalCoreset) else {}), **settings)
+
+
+def run(name, data, ipc=None, total=None, seed=0, **settings):
+    return coreset(name, **settings).compress(data, ipc=ipc, total=total, seed=seed, device="cpu")
+
+
+def pictures(made): return Counter(image.numpy().tobytes() for image in made.x)
+
+
+def is_part_of(made, data, per_class):
+    assert [len(rows) for rows in made.per_class] == list(per_class)
+    assert len(made.indices.unique()) == len(made) == sum(per_class)
+    assert torch.equal(made.x, data.x[made.indices]) and torch.equal(made.y, data.y[made.indices])
+    assert made.weights is None or bool((made.weights >= 0).all()) and bool(made.weights.isfinite().all())
+
+
+def alike(n, classes=10, per=20, sure=False):
+    "Signals that say the same about all images of a class; `sure`: so sure of them that every gradient is zero."
+    y = torch.arange(classes).repeat_interleave(per)
+    logits = F.one_hot(y, classes).float() * (1000 if sure else 1)
+    return Signals(torch.ones(len(y), 7), logits, y, torch.ones(n, len(y), dtype=torch.bool), torch.ones(n, len(y)), torch.ones(n, len(y)))
+
+
+def drawn(seed, n=9, classes=3, features=4, dtype=torch.float64):
+    "Signals of normal draws."
+    g = generator(seed, "drawn")
+    y = torch.randint(classes, (n,), generator=g)
+    return Signals(torch.randn(n, features, generator=g, dtype=dtype), 2 * torch.randn(n, classes, generator=g, dtype=dtype), y)
+
+
+def outer(s):
+    "(N, C (D + 1)) last-layer gradients, really formed, float64."
+    e = s.logits.double().softmax(1) - F.one_hot(s.y, s.logits.shape[1])
+    h = torch.cat([s.features.double(), torch.ones(len(s), 1)], 1)
+    return (e[:, :, None] * h[:, None]).flatten(1)
+
+
+# --- every method in the registry ----------------------------------------------------------------------------------------
+
+def test_the_registry_knows_the_methods():
+    assert {"random", "k_center_greedy", "herding", "grand", "el2n", "forgetting", "aum", "moderate", "ccs", "submodular", "craig", "gradmatch", "glister"} <= set(NAMES)
+    assert set(DRAWN) <= set(NAMES) and all(methods()[name].paper for name in NAMES)
+
+
+@every
+def test_the_budget_is_exact(name, lopsided):
+    is_part_of(run(name, lopsided, ipc=3), lopsided, [3] * 10)
+    is_part_of(run(name, lopsided, ipc=6), lopsided, [6] * 10)                                  # all nines
+    is_part_of(run(name, lopsided, total=37), lopsided, shares([1] * 10, 37))
+    is_part_of(run(name, lopsided, total=37, balance="proportional"), lopsided, shares(SIZES, 37))
+    is_part_of(run(name, lopsided, ipc=3, balance="proportional"), lopsided, shares(SIZES, 30))
+    is_part_of(run(name, lopsided, total=226, balance="proportional"), lopsided, SIZES)
+    for budget in (dict(total=37), dict(ipc=3), dict(total=1), dict(total=226)):
+        made = run(name, lopsided, balance=None, **budget)
+        is_part_of(made, lopsided, [int((made.y == c).sum()) for c in range(10)])
+        assert len(made) == budget.get("total", 30)
+
+
+@every
+def test_the_same_seed_gives_the_same_bytes_and_they_can_be_read_again(name, lopsided, tmp_path):
+    first, again = (save(run(name, lopsided, total=37, seed=5), tmp_path / n) for n in "ab")
+    assert first.read_bytes() == again.read_bytes()
+    made, back = run(name, lopsided, total=37, seed=5), load_compressed(first)
+    assert torch.equal(made.indices, back.indices) and torch.equal(made.x, back.x) and made.provenance == back.provenance
+    assert (made.weights is None) == (back.weights is None) and (made.weights is None or torch.equal(made.weights, back.weights))
+
+
+@every
+def test_the_global_generators_are_left_alone(name, lopsided):
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    made = coreset(name)
+    if name in SIGNAL: made = replace(made, proxy=replace(FAST, seed=3, trainer=replace(FAST.trainer, epochs=2)))        # a training of its own
+    made.compress(lopsided, ipc=2, device="cpu")
+    assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[2]
+    assert all(np.array_equal(a, b) for a, b in zip(before[1], np.random.get_state()))
+
+
+@every
+@pytest.mark.parametrize("balance", ["equal", None])
+def test_the_order_of_the_data_does_not_matter(name, balance, lopsided, seen, told):
+    """With the signals in the new order, too. Equal scores may change places: then the scores of what was taken are the same. Sums in another order differ in the
+    last digits, so a greedy method may see two nearly equal gains the other way round: one image in twenty may differ."""
+    told(seen)
+    first = run(name, lopsided, total=60, balance=balance)
+    for seed in range(3):
+        p = torch.randperm(len(lopsided), generator=generator(seed, "rows"))
+        told(seen.take(p))
+        other = run(name, lopsided.subset(p), total=60, balance=balance, seed=seed)
+        if name == "random": assert len(other) == 60
+        elif name == "k_center_greedy": assert max(first.radius, other.radius) <= 2 * min(first.radius, other.radius) and other.lower_bound <= first.radius
+        elif name == "ccs": assert strata(seen, first.indices, balance) == strata(seen, p[other.indices], balance)
+        elif isinstance(coreset(name), Ranked):
+            score = coreset(name).rank(seen)
+            assert torch.equal(score[first.indices].sort().values, score[p[other.indices]].sort().values)
+        else: assert (pictures(first) & pictures(other)).total() >= 57, name
+
+
+def strata(s, taken, balance, ccs=CCS()):
+    "How many were taken of each stratum (of each class)."
+    score, counts = SCORES[ccs.by]().rank(s).double(), Counter()
+    for c in (None,) if balance is None else range(10):
+        rows = torch.arange(len(s)) if c is None else torch.nonzero(s.y == c).flatten()
+        low = score[rows].sort().values[:len(rows) - int(ccs.drop * len(rows))]
+        parts = ((score - low[0]) / (low[-1] - low[0]) * ccs.strata).long().clamp_max(ccs.strata - 1)
+        counts.update((c, int(parts[i])) for i in taken if c is None or s.y[i] == c)
+    return counts
+
+
+@every
+def test_seeds_decide_between_equals_and_only_there(name, lopsided, seen, told):
+    "When all images of a class are alike, chance decides; where signals differ, a method that does not draw takes the same images for every seed."
+    data = ImageSet(torch.full((200, 1, 28, 28), 7, dtype=torch.uint8), alike(3).y, tuple("0123456789"))
+    for s in (alike(3), alike(3, sure=True)):
+        told(s)
+        for balance in ("equal", None):
+            made = [run(name, data, total=23, seed=seed, balance=balance) for seed in range(3)]
+            for one in made: is_part_of(one, data, [int((one.y == c).sum()) for c in range(10)] if balance is None else shares([1] * 10, 23))
+            assert len({tuple(one.indices.sort().values.tolist()) for one in made}) == 3, "the seed decides nothing"
+    told(seen)
+    if name not in (*DRAWN, "forgetting"):
+        first, other = (run(name, lopsided, total=60, seed=seed) for seed in (0, 1))
+        assert (pictures(first) & pictures(other)).total() >= 57
+
+
+@every
+def test_a_set_of_one_image_many_times(name):
+    "With a proxy that is trained on it."
+    data = ImageSet(torch.full((60, 1, 28, 28), 99, dtype=torch.uint8), torch.arange(60) % 3, tuple("abc"), name="grey")
+    made = run(name, data, total=10)
+    is_part_of(made, data, [4, 3, 3])
+    assert run(name, data, total=10, seed=1).indices.tolist() != made.indices.tolist()
+
+
+@every
+def test_mistakes_are_named(name, lopsided, mnist5k):
+    for wrong, message in ((dict(ipc=7), "ipc=7 .* class 9 .* has 6"), (dict(ipc=0), "ipc .* 0"), (dict(ipc=-3), "ipc .* -3"), (dict(ipc=2.5), "ipc .* 2.5"), (dict(total="9"), "total .* '9'"),
+                           (dict(total=9), "total .* 10, got 9"), (dict(total=227), "total=227 .* class"), (dict(total=227, balance=None), "total=227 .* 226"),
+                           (dict(total=227, balance="proportional"), "total=227 .* 226"), (dict(ipc=23, balance=None), "ipc=23 .* 230 .* 226"), (dict(ipc=1, balance="even"), "balance .* 'even'"),
+                           (dict(), "either ipc .* or total"), (dict(ipc=1, total=10), "ipc=1, total=10"), (dict(ipc=1, seed=-1), "seed .* -1"), (dict(ipc=1, seed="x"), "seed .* 'x'")):
+        with pytest.raises(BadArgument, match=message): run(name, lopsided, **wrong)
+    zeros = mnist5k.subset(mnist5k.per_class[0][:20])
+    with pytest.raises(BadArgument, match=r"class 1 \(1\) has no images"): run(name, zeros, ipc=1)
+    alone = ImageSet(zeros.x, zeros.y, ("0",), "alone")
+    if name not in SIGNAL: assert len(run(name, alone, ipc=2)) == 2
+    else:
+        with pytest.raises(BadArgument, match="two classes, alone/train has 1"): run(name, alone, ipc=2)
+        with pytest.raises(BadArgument, match="two classes, mnist5k/train has 1"): run(name, zeros, total=2, balance=None)
+        with pytest.raises(BadArgument, match=r"diverged.* lr=1e\+30"): replace(coreset(name), proxy=replace(FAST, trainer=replace(FAST.trainer, lr=1e30))).compress(lopsided, ipc=1, device="cpu")
+
+
+def test_signals_that_are_no_numbers_are_refused(seen):
+    for name in ("features", "logits"):
+        for wrong in (float("nan"), float("inf")):
+            t = getattr(seen, name).clone()
+            t[3, 2] = wrong
+            with pytest.raises(BadArgument, match=f"{name} .*finite"): replace(seen, **{name: t})
+    with pytest.raises(BadArgument, match="logits .*225"): replace(seen, logits=seen.logits[1:])
+    with pytest.raises(BadArgument, match=r"margin .*226.*225"): replace(seen, margin=seen.margin[:, 1:])
+
+
+def test_the_proxy_is_trained_once(lopsided, monkeypatch):
+    run("el2n", lopsided, ipc=1)
+    monkeypatch.setattr(Trainer, "__call__", lambda *args, **settings: pytest.fail("trained again"))
+    for name in SIGNAL: run(name, lopsided, ipc=1)
+    other = replace(lopsided, y=lopsided.y.roll(1))
+    with pytest.raises(pytest.fail.Exception): run("el2n", other, ipc=1)                     # other labels: other signals
+
+
+def test_an_offset_changes_nothing_where_only_distances_count(lopsided, seen, told):
+    features = (seen.features * 64).round() / 64                                             # so that the sum below is exact
+    for name in ("herding", "herding_deepcore", "moderate"):
+        told(replace(seen, features=features))
+        first = run(name, lopsided, total=60)
+        told(replace(seen, features=features + 1000))
+        assert run(name, lopsided, total=60).indices.tolist() == first.indices.tolist(), name
+    dark = replace(lopsided, x=lopsided.x // 2)
+    assert run("k_center_greedy", dark, total=60).indices.tolist() == run("k_center_greedy", replace(dark, x=dark.x + 100), total=60).indices.tolist()
+
+
+def test_weights(lopsided):
+    for budget in (dict(ipc=3), dict(ipc=6), dict(total=37), dict(total=37, balance="proportional"), dict(total=37, balance=None), dict(total=226, balance=None)):
+        craig, matched = run("craig", lopsided, **budget), run("gradmatch", lopsided, **budget)
+        assert craig.weights.sum() == 226 and torch.equal(craig.weights, craig.weights.round())
+        if budget.get("balance", "equal") is not None:
+            assert all(craig.weights[rows].sum() == n for rows, n in zip(craig.per_class, SIZES))           # a cluster lies in one class
+        assert matched.weights.mean().item() == pytest.approx(1, abs=1e-5) and (matched.weights > 0).all()
+        assert len(matched) == len(craig) == budget.get("total", 10 * budget.get("ipc", 0))
+
+
+# --- the pieces: facility location ---------------------------------------------------------------------------------------
+
+def by_trying(k, n, value):
+    "Greedy: (picks, their gains), each the first that raises value(list) most."
+    taken, gains = [], []
+    for _ in range(k):
+        tried = [value([*taken, j]) if j not in taken else -np.inf for j in range(n)]
+        gains.append(max(tried) - (value(taken) if taken else 0))
+        taken.append(int(np.argmax(tried)))
+    return taken, gains
+
+
+def covered(s): return lambda taken: s[taken].max(0).sum()
+
+
+def kept_and_not(n, rows_of): return Similarities(n, rows_of), Similarities(n, rows_of, block=3, stored=0)
+
+
+@some
+@given(st.integers(1, 9), st.integers(1, 40), st.data())
+def test_facility_location_takes_the_first_of_the_best(n, batch, data):
+    "Whole numbers: every sum is exact, and ties are common."
+    s = np.array(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=n, max_size=n)))
+    s, k = np.maximum(s, s.T), data.draw(st.integers(1, n))
+    t = torch.from_numpy(s).float()
+    for similar in kept_and_not(n, lambda j: t[j]):
+        taken, gains = facility_location(similar, k, batch)
+        assert (taken.tolist(), gains.tolist()) == by_trying(k, n, covered(s))
+
+
+@some
+@given(seeds)
+def test_facility_location_on_gradients(seed):
+    "CRAIG's and SubMod's similarities; greedy is within 1 - 1/e of the best set."
+    s = drawn(seed)
+    g = outer(s)
+    unit = F.normalize(g, dim=1)
+    near = torch.cdist(g, g)
+    for similar, full in ((cosines(s.gradients), .5 + .5 * unit @ unit.T), (nearness(s.gradients), 2 * g.norm(dim=1).max() - near)):
+        full = full.numpy()
+        assert similar[torch.arange(9)].numpy() == pytest.approx(full, abs=1e-6)
+        taken, gains = facility_location(similar, 4)
+        assert taken.tolist() == by_trying(4, 9, covered(full))[0]
+        best = max(covered(full)(list(c)) for c in combinations(range(9), 4))
+        assert covered(full)(taken.tolist()) == pytest.approx(gains.sum().item(), rel=1e-6) and gains.sum() >= (1 - 1 / np.e) * best - 1e-6
+
+
+def test_facility_location_against_apricot(mnist5k):
+    "The same picks, the same objective to 1e-5; rows kept or computed."
+    apricot = pytest.importorskip("apricot")
+    digits = sample(mnist5k, 400)
+    features = signals(digits, FAST, device="cpu", keep=False).gradients
+    chance = Gradients(*(torch.randn(300, d, generator=generator(d)) for d in (5, 8)))
+    for gradients, k in ((features, 50), (chance, 30)):
+        n = len(gradients)
+        full = cosines(gradients)[torch.arange(n)].double()
+        full = ((full + full.T) / 2).numpy()
+        mine = [facility_location(similar, k)[0].tolist() for similar in kept_and_not(n, lambda j, full=full: torch.from_numpy(full[j.numpy()]).float())]
+        mine.append(facility_location(cosines(gradients), k)[0].tolist())
+        for optimizer in ("lazy", "naive"):
+            theirs = apricot.FacilityLocationSelection(k, metric="precomputed", optimizer=optimizer).fit(full).ranking.tolist()
+            for taken in mine:
+                assert covered(full)(taken) == pytest.approx(covered(full)(theirs), rel=1e-5)
+                assert len(set(taken) & set(theirs)) >= k - 1                           # single precision may turn one near tie round
+            assert theirs in mine
+
+
+@every
+def test_large_groups_get_the_same(name, lopsided, seen, told, monkeypatch):
+    "Above `STORED` images nothing is kept, and nothing changes."
+    told(seen)
+    first = run(name, lopsided, total=37)
+    monkeypatch.setattr(Similarities.__init__, "__defaults__", (16, 0))
+    assert (pictures(first) & pictures(run(name, lopsided, total=37))).total() >= 36
+
+
+# --- graph cut, herding, GLISTER -----------------------------------------------------------------------------------------
+
+@some
+@given(seeds, st.sampled_from((.5, 1., 2., 10.)))
+def test_graph_cut(seed, lam):
+    s = drawn(seed)
+    unit = F.normalize(outer(s), dim=1)
+    full = (.5 + .5 * unit @ unit.T).numpy()
+    expected, _ = by_trying(5, 9, lambda taken: lam * full[taken].sum() - full[np.ix_(taken, taken)].sum())
+    assert graph_cut(s.gradients.unit(), 5, lam).tolist() == expected
+
+
+@some
+@given(seeds, st.booleans())
+def test_herding(seed, farthest):
+    x = drawn(seed).features
+    off = lambda taken: ((len(taken) * x.mean(0) - x[taken].sum(0)) ** 2).sum().item()
+    expected, _ = by_trying(6, 9, lambda taken: off(taken) * (1 if farthest else -1))
+    assert herd(x, 6, farthest).tolist() == expected
+    assert herd(x.float() + 300, 6, farthest).tolist() == herd((x.float() + 300).double(), 6, farthest).tolist()
+
+
+@some
+@given(seeds, st.sampled_from((.01, .1, 1.)), st.booleans())
+def test_glister(seed, eta, refresh):
+    "The last layer is really changed, by a step along the gradient of what was taken; the next gain is the gradient's part along that of everybody's loss."
+    s = drawn(seed, n=12)
+    g, h = outer(s), torch.cat([s.features, torch.ones(12, 1, dtype=torch.float64)], 1)
+    change, taken = torch.zeros(3, 5, dtype=torch.float64), []
+    for _ in range(5):
+        theta = change.clone().requires_grad_()
+        loss = F.cross_entropy(s.logits + h @ theta.T, s.y, reduction="sum")
+        gain = g @ torch.autograd.grad(loss, theta)[0].flatten()
+        gain[taken] = -torch.inf
+        taken.append(int(gain.argmax()))
+        if refresh: change -= eta * g[taken[-1]].view(3, 5)
+    assert Glister(eta=eta, refresh=refresh).choose(s, 5, None).tolist() == taken
+
+
+# --- matching pursuit ----------------------------------------------------------------------------------------------------
+
+def plain(rows): return Gradients(rows.new_ones(len(rows), 1), rows, bias=False)        # one class: g is h
+
+
+def residual(rows, taken, w, target): return (target - w @ rows[taken]).norm().item()
+
+
+@some
+@given(seeds, st.integers(1, 8))
+def test_omp_against_scikit_learn(seed, k):
+    "On problems whose coefficients are positive in every step, the sign makes no difference."
+    from sklearn.linear_model import orthogonal_mp
+    g = generator(seed, "omp")
+    rows = F.normalize(torch.eye(40, 60, dtype=torch.float64) + .08 * torch.randn(40, 60, generator=g, dtype=torch.float64), dim=1)
+    target = (1 + torch.rand(8, generator=g, dtype=torch.float64)) @ rows[:8] + .01 * torch.randn(60, generator=g, dtype=torch.float64)
+    path = orthogonal_mp(rows.T.numpy(), target.numpy(), n_nonzero_coefs=k, return_path=True).reshape(40, -1)
+    assume((path >= 0).all())
+    taken, w = nonnegative_omp(plain(rows), target[None], k)
+    found = np.zeros(40)
+    found[taken] = w
+    assert found == pytest.approx(path[:, -1], abs=1e-8)
+    assert residual(rows, taken, w, target) == pytest.approx(np.linalg.norm(target - path[:, -1] @ rows.numpy()), abs=1e-9)
+
+
+@some
+@given(seeds, st.sampled_from((0., .3, 5.)), st.sampled_from((torch.float32, torch.float64)))
+def test_omp_against_nnls(seed, lam, dtype):
+    "On its own support, and, where it stops by itself, among all rows; the conditions of Karush, Kuhn and Tucker."
+    from scipy.optimize import nnls
+    s = drawn(seed, n=30, dtype=dtype)
+    g, target = outer(s), s.gradients.total()
+    b, tol = target.flatten().double(), 1e-4 if dtype == torch.float32 else 1e-8
+    scale = g.norm(dim=1).max().item() * b.norm().item()
+
+    def best(rows):
+        a = np.vstack([g[rows].T.numpy(), lam ** .5 * np.eye(len(rows))])
+        return nnls(a, np.r_[b.numpy(), np.zeros(len(rows))])[1]
+    for k in (1, 3, 8, 30):
+        taken, w = nonnegative_omp(s.gradients, target, k, lam)
+        assert len(taken) == len(taken.unique()) <= k and (w > 0).all() and w.dtype == torch.float64
+        left = b - w @ g[taken]
+        value = (left.square().sum() + lam * w.square().sum()).sqrt().item()
+        assert value == pytest.approx(best(taken), abs=tol * b.norm().item())
+        slope = g @ left
+        assert (slope[taken] - lam * w).abs().max() <= tol * scale                          # on the support: nothing to gain
+        if len(taken) < k or k == 30:
+            assert value == pytest.approx(best(torch.arange(30)), abs=10 * tol * b.norm().item())
+            slope[taken] = -torch.inf
+            assert slope.max() <= 10 * tol * scale                                          # off it: nothing that a weight > 0 could gain
+
+
+def test_gradmatch_fills_up_what_the_pursuit_leaves_empty():
+    s = drawn(0, n=30)
+    few, w = nonnegative_omp(s.gradients, s.gradients.total(), 25, 0.)
+    assert len(few) < 25
+    taken, weights = GradMatch(lam=0.).choose(s, 25, None)
+    assert torch.equal(taken[:len(few)], few) and len(taken.unique()) == 25 and weights.mean().item() == pytest.approx(1)
+    assert weights[:len(few)] / weights[0] == pytest.approx((w / w[0]).numpy(), rel=1e-9) and (weights[len(few):] == weights.min()).all()
+
+
+# --- gradients without forming them --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("net", [Net("convnet", dict(width=8)), Net("resnet18"), Net("resnet18", dict(stem="cifar"))], ids=["convnet", "resnet18", "resnet18-cifar"])
+@pytest.mark.parametrize("attack", [None, PGD(Linf(.1), 3), PGD(L2(1.), 2)], ids=["clean", "linf", "l2"])
+def test_factors_against_autograd(net, attack, mnist5k):
+    data = sample(mnist5k, 10)
+    model = net(data, 0)
+    s = Signals(*read(model, data, attack, seed=4), data.y)
+    x = data.images() if attack is None else attack(model, data.images(), data.y, generator(4, "attack"))
+    layer = model.model.classifier
+    loss = F.cross_entropy(model(x), data.y, reduction="none")
+    g = torch.stack([torch.cat([p.flatten(1) if p.dim() == 2 else p[:, None] for p in torch.autograd.grad(one, (layer.weight, layer.bias), retain_graph=True)], 1) for one in loss])
+    mine, flat, scale = s.gradients, g.flatten(1), g.flatten(1).norm(dim=1).max().item()
+    close = lambda a, b, power=1: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale ** power)
+    close(mine.dot(mine), flat @ flat.T, 2)
+    close(mine.norms, flat.norm(dim=1))
+    close(mine.total(), g.sum(0))
+    close(mine.total(torch.arange(10.)), (g * torch.arange(10.)[:, None, None]).sum(0))
+    close(mine.along(g[3]), flat @ flat[3], 2)
+    close(mine.take([4, 2]).dot(mine.take([7])), flat[[4, 2]] @ flat[[7]].T, 2)
+    close(mine.unit().dot(mine), F.normalize(flat, dim=1) @ flat.T)
+    if attack is not None: assert not torch.allclose(s.logits, read(model, data)[1], atol=1e-4)
+
+
+# --- the command line ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def rdd():
+    from typer.testing import CliRunner
+    from rdd_lib.reproduce.cli import app
+    return lambda *words: CliRunner().invoke(app, [str(w) for w in words], env={"TQDM_DISABLE": "1"}, catch_exceptions=False)
+
+
+def test_the_list_says_where_each_method_comes_from(rdd):
+    done = rdd("list", "methods")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[1:] if line.strip()}
+    assert done.exit_code == 0
+    for name in NAMES: assert methods()[name].paper in lines[name] and (not methods()[name].alias or f"({methods()[name].alias})" in lines[name])
+
+
+def test_each_method_runs_from_the_command_line(rdd, tmp_path, monkeypatch, mnist5k):
+    import rdd_lib.data
+    monkeypatch.setattr(rdd_lib.data, "load", functools.cache(load))                         # read once for all
+    monkeypatch.setenv("RDD_STORE", str(tmp_path / "cells"))
+    for name in NAMES:
+        small = ["--set", "proxy.net.name=mlp", "--set", "proxy.trainer.epochs=2"] if name in SIGNAL else []
+        done = rdd("compress", methods()[name].alias or name, "mnist5k", "--ipc", 2, *small, "-o", tmp_path / name, "--device", "cpu")
+        assert done.exit_code == 0 and "20 images of 1x28x28, 10 classes, 2, 2" in done.stdout, (name, done.output)
+        is_part_of(load_compressed(tmp_path / name), mnist5k, [2] * 10)
+    assert len(list(kept("signals").iterdir())) == 1                                         # one training for all of them
