@@ -1,6 +1,5 @@
 """What must hold of every coreset method in the registry, and of what they are made of, against plain restatements: greedy by trying everything on the full matrix,
 gradients from autograd or really formed as outer products, apricot's facility location, scikit-learn's OMP, scipy's NNLS. One small proxy is trained once."""
-import functools
 import random
 from collections import Counter
 from dataclasses import replace
@@ -290,41 +289,51 @@ def test_facility_location_takes_the_first_of_the_best(n, batch, data):
         assert (taken.tolist(), gains.tolist()) == by_trying(k, n, covered(s))
 
 
+def is_greedy(taken, s):
+    "Each one of them raises the objective as much as any could, up to rounding: two images that are nearest to each other often gain the same."
+    best = np.zeros(len(s))
+    for j in taken:
+        gain = np.maximum(s - best, 0).sum(1)
+        assert gain[j] >= gain.max() - 1e-5 * s.sum(1).max(), (j, gain[j], gain.max())
+        best = np.maximum(best, s[j])
+
+
 @some
-@given(seeds)
-def test_facility_location_on_gradients(seed):
+@given(seeds, st.sampled_from((torch.float32, torch.float64)))
+def test_facility_location_on_gradients(seed, dtype):
     "CRAIG's and SubMod's similarities; greedy is within 1 - 1/e of the best set."
-    s = drawn(seed)
+    s = drawn(seed, dtype=dtype)
     g = outer(s)
-    unit = F.normalize(g, dim=1)
-    near = torch.cdist(g, g)
-    for similar, full in ((cosines(s.gradients), .5 + .5 * unit @ unit.T), (nearness(s.gradients), 2 * g.norm(dim=1).max() - near)):
+    unit, tol = F.normalize(g, dim=1), 1e-7 if dtype == torch.float64 else 1e-6
+    for similar, full in ((cosines(s.gradients), .5 + .5 * unit @ unit.T), (nearness(s.gradients), 2 * g.norm(dim=1).max() - torch.cdist(g, g))):
         full = full.numpy()
-        assert similar[torch.arange(9)].numpy() == pytest.approx(full, abs=1e-6)
+        off = tol ** .5 * full.max()                                                        # of a distance near 0, from squares
+        assert similar[torch.arange(9)].numpy() == pytest.approx(full, abs=off)
         taken, gains = facility_location(similar, 4)
-        assert taken.tolist() == by_trying(4, 9, covered(full))[0]
         best = max(covered(full)(list(c)) for c in combinations(range(9), 4))
-        assert covered(full)(taken.tolist()) == pytest.approx(gains.sum().item(), rel=1e-6) and gains.sum() >= (1 - 1 / np.e) * best - 1e-6
+        assert covered(full)(taken.tolist()) == pytest.approx(gains.sum().item(), abs=9 * off) and gains.sum() >= (1 - 1 / np.e) * best - 9 * off
+        assert gains.tolist() == pytest.approx(by_trying(4, 9, covered(full))[1], abs=9 * off)
 
 
 def test_facility_location_against_apricot(mnist5k):
-    "The same picks, the same objective to 1e-5; rows kept or computed."
+    "The same objective to 1e-5, and the same picks up to the first tie; rows kept or computed."
     apricot = pytest.importorskip("apricot")
-    digits = sample(mnist5k, 400)
-    features = signals(digits, FAST, device="cpu", keep=False).gradients
+    features = signals(sample(mnist5k, 400), FAST, device="cpu", keep=False).gradients
     chance = Gradients(*(torch.randn(300, d, generator=generator(d)) for d in (5, 8)))
     for gradients, k in ((features, 50), (chance, 30)):
         n = len(gradients)
         full = cosines(gradients)[torch.arange(n)].double()
         full = ((full + full.T) / 2).numpy()
-        mine = [facility_location(similar, k)[0].tolist() for similar in kept_and_not(n, lambda j, full=full: torch.from_numpy(full[j.numpy()]).float())]
-        mine.append(facility_location(cosines(gradients), k)[0].tolist())
+        mine = [facility_location(similar, k)[0].tolist() for similar in kept_and_not(n, cosines(gradients).rows_of)]
         for optimizer in ("lazy", "naive"):
             theirs = apricot.FacilityLocationSelection(k, metric="precomputed", optimizer=optimizer).fit(full).ranking.tolist()
+            is_greedy(theirs, full)
             for taken in mine:
+                is_greedy(taken, full)
                 assert covered(full)(taken) == pytest.approx(covered(full)(theirs), rel=1e-5)
-                assert len(set(taken) & set(theirs)) >= k - 1                           # single precision may turn one near tie round
-            assert theirs in mine
+                if (first := next((i for i in range(k) if taken[i] != theirs[i]), None)) is not None:
+                    tied = [covered(full)([*taken[:first], j]) for j in (taken[first], theirs[first])]
+                    assert first > k // 2 and tied[0] == pytest.approx(tied[1], rel=1e-9), "no tie"
 
 
 @every
@@ -397,7 +406,7 @@ def test_omp_against_scikit_learn(seed, k):
     found = np.zeros(40)
     found[taken] = w
     assert found == pytest.approx(path[:, -1], abs=1e-8)
-    assert residual(rows, taken, w, target) == pytest.approx(np.linalg.norm(target - path[:, -1] @ rows.numpy()), abs=1e-9)
+    assert residual(rows, taken, w, target) == pytest.approx(residual(rows, range(40), torch.from_numpy(path[:, -1]), target), abs=1e-9)
 
 
 @some
@@ -438,8 +447,8 @@ def test_gradmatch_fills_up_what_the_pursuit_leaves_empty():
 
 # --- gradients without forming them --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("net", [Net("convnet", dict(width=8)), Net("resnet18"), Net("resnet18", dict(stem="cifar"))], ids=["convnet", "resnet18", "resnet18-cifar"])
-@pytest.mark.parametrize("attack", [None, PGD(Linf(.1), 3), PGD(L2(1.), 2)], ids=["clean", "linf", "l2"])
+@pytest.mark.parametrize("net", [Net("convnet", dict(width=8)), Net("resnet18")], ids=["convnet", "resnet18"])
+@pytest.mark.parametrize("attack", [None, PGD(Linf(.1), 2), PGD(L2(1.), 1)], ids=["clean", "linf", "l2"])
 def test_factors_against_autograd(net, attack, mnist5k):
     data = sample(mnist5k, 10)
     model = net(data, 0)
@@ -477,8 +486,7 @@ def test_the_list_says_where_each_method_comes_from(rdd):
 
 
 def test_each_method_runs_from_the_command_line(rdd, tmp_path, monkeypatch, mnist5k):
-    import rdd_lib.data
-    monkeypatch.setattr(rdd_lib.data, "load", functools.cache(load))                         # read once for all
+    monkeypatch.setattr("rdd_lib.data.load", lambda name: mnist5k)                           # read once for all
     monkeypatch.setenv("RDD_STORE", str(tmp_path / "cells"))
     for name in NAMES:
         small = ["--set", "proxy.net.name=mlp", "--set", "proxy.trainer.epochs=2"] if name in SIGNAL else []

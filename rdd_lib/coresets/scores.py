@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SCORES', 'Ranked', 'Scored', 'needs_epochs', 'GraNd', 'EL2N', 'Forgetting', 'AUM', 'Moderate', 'CCS', 'stratified']
 
-# %% ../../nbs/coresets/25_scores.ipynb #a2cbfce2
-from dataclasses import dataclass, field, replace
+# %% ../../nbs/coresets/25_scores.ipynb #91a9f0a7
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from ..compressed import method
 from ..core import check, lookup
-from .signals import Proxy, SignalCoreset, Signals
+from .signals import SignalCoreset, Signals
 
 # %% ../../nbs/coresets/25_scores.ipynb #749de26b
 @dataclass(frozen=True)
@@ -61,16 +61,19 @@ class GraNd(Scored):
         one = lambda r: super(GraNd, replace(self, proxy=replace(self.proxy, seed=self.proxy.seed + r))).look(data, seed, device)
         return torch.stack([one(r) for r in range(self.repeats)]).mean(0)
 
-# %% ../../nbs/coresets/25_scores.ipynb #f5240434
+# %% ../../nbs/coresets/25_scores.ipynb #20086c86
 @method("el2n", "Paul, Ganguli & Dziugaite, NeurIPS 2021")
 @dataclass(frozen=True)
 class EL2N(Scored):
     "Length of the error e = p - onehot(y), early in training or after it."
     epoch: int | None = None   # 1 ... proxy.trainer.epochs: as its batch came in that epoch; None: after the training
 
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.epoch is None or self.epoch >= 1, f"epoch must be >= 1 or None, got {self.epoch}")
+
     def score(self, s):
         if self.epoch is None: return s.E.norm(dim=1)
-        check(self.epoch >= 1, f"epoch must be >= 1 or None, got {self.epoch}")
         needs_epochs(s, self.epoch, f"EL2N at epoch {self.epoch}")
         return s.error[self.epoch - 1]
 
@@ -114,7 +117,7 @@ class Moderate(Ranked):
             rank[rows.cpu()] = -(distance - distance.median()).abs().cpu()
         return rank
 
-# %% ../../nbs/coresets/25_scores.ipynb #482f228f
+# %% ../../nbs/coresets/25_scores.ipynb #86362628
 SCORES = {"grand": GraNd, "el2n": EL2N, "forgetting": Forgetting, "aum": AUM}
 
 @method("ccs", "Zheng, Liu, Lai & Prakash, ICLR 2023")
@@ -137,6 +140,7 @@ class CCS(SignalCoreset):
         kept = rows[seen[rows].argsort(stable=True)[:max(k, len(rows) - int(self.drop * len(rows)))]]
         return stratified(seen[kept].double(), k, self.strata, kept, g)
 
+# %% ../../nbs/coresets/25_scores.ipynb #75091306
 def stratified(score: Tensor,        # (n,)
                k: int,               # how many to draw, at most n
                strata: int,          # parts of equal width
