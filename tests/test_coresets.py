@@ -1,8 +1,12 @@
 """What must hold of every coreset method in the registry, and of what they are made of, against plain restatements: greedy by trying everything on the full matrix,
 gradients from autograd or really formed as outer products, apricot's facility location, scikit-learn's OMP, scipy's NNLS. One small proxy is trained once."""
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import combinations
 import numpy as np
 import pytest
@@ -315,24 +319,33 @@ def test_facility_location_on_gradients(seed, dtype):
         assert gains.tolist() == pytest.approx(by_trying(4, 9, covered(full))[1], abs=9 * off)
 
 
-def test_facility_location_against_apricot(mnist5k):
+APRICOT = """
+import sys, numpy as np, apricot
+for k, name in zip((50, 30), sys.argv[1:]):
+    for optimizer in ("lazy", "naive"): print(*apricot.FacilityLocationSelection(k, metric="precomputed", optimizer=optimizer).fit(np.load(name)).ranking)
+"""
+
+
+@pytest.mark.skipif(find_spec("apricot") is None, reason="apricot-select is not installed")
+def test_facility_location_against_apricot(mnist5k, tmp_path):
     "The same objective to 1e-5, and the same picks up to the first tie; rows kept or computed."
-    apricot = pytest.importorskip("apricot")
     features = signals(sample(mnist5k, 400), FAST, device="cpu", keep=False).gradients
     chance = Gradients(*(torch.randn(300, d, generator=generator(d)) for d in (5, 8)))
-    for gradients, k in ((features, 50), (chance, 30)):
-        n = len(gradients)
-        full = cosines(gradients)[torch.arange(n)].double()
-        full = ((full + full.T) / 2).numpy()
-        mine = [facility_location(similar, k)[0].tolist() for similar in kept_and_not(n, cosines(gradients).rows_of)]
-        for optimizer in ("lazy", "naive"):
-            theirs = apricot.FacilityLocationSelection(k, metric="precomputed", optimizer=optimizer).fit(full).ranking.tolist()
-            is_greedy(theirs, full)
-            for taken in mine:
-                is_greedy(taken, full)
-                assert covered(full)(taken) == pytest.approx(covered(full)(theirs), rel=1e-5)
-                if (first := next((i for i in range(k) if taken[i] != theirs[i]), None)) is not None:
-                    tied = [covered(full)([*taken[:first], j]) for j in (taken[first], theirs[first])]
+    full = [cosines(gradients)[torch.arange(len(gradients))].double().numpy() for gradients in (features, chance)]
+    full = [(s + s.T) / 2 for s in full]
+    for name, s in zip("ab", full): np.save(tmp_path / f"{name}.npy", s)
+    done = subprocess.run([sys.executable, "-c", APRICOT, "a.npy", "b.npy"], cwd=tmp_path, check=True, capture_output=True, text=True,
+                          env=os.environ | {"NUMBA_NUM_THREADS": "1"})         # apart: the threads of its parallel loops would slow torch down from here on
+    theirs = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    for gradients, k, s, rankings in ((features, 50, full[0], theirs[:2]), (chance, 30, full[1], theirs[2:])):
+        for similar in kept_and_not(len(gradients), cosines(gradients).rows_of):
+            taken = facility_location(similar, k)[0].tolist()
+            is_greedy(taken, s)
+            for other in rankings:
+                is_greedy(other, s)
+                assert covered(s)(taken) == pytest.approx(covered(s)(other), rel=1e-5)
+                if (first := next((i for i in range(k) if taken[i] != other[i]), None)) is not None:
+                    tied = [covered(s)([*taken[:first], j]) for j in (taken[first], other[first])]
                     assert first > k // 2 and tied[0] == pytest.approx(tied[1], rel=1e-9), "no tie"
 
 
