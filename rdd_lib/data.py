@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'TORCHVISION', 'CIFAR10', 'FASHION', 'CIFAR100', 'ARRAY_CLASSES', 'FOLDERS', 'IMAGENETTE', 'DATASETS',
-           'POINTS', 'ImageSet', 'shares', 'sample', 'show_images', 'data_root', 'load', 'points2d']
+           'POINTS', 'pixels', 'ImageSet', 'shares', 'sample', 'show_images', 'data_root', 'load', 'points2d']
 
 # %% ../nbs/01_data.ipynb #14b04557
 import hashlib, os
@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 from .core import BrokenFile, MissingData, atomic, check, generator, lookup, progress
 
-# %% ../nbs/01_data.ipynb #d78bf0c7
+# %% ../nbs/01_data.ipynb #e1f51524
+def pixels(x: Tensor) -> Tensor:
+    "uint8 or float images as float32 in [0, 1]."
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images with labels: what goes into a compression, and, with more fields, what comes out of one."
@@ -50,8 +54,7 @@ class ImageSet:
 
     def images(self, device="cpu") -> Tensor:
         "All images as float32 in [0, 1], (N, C, H, W)."
-        x = self.x.to(device)
-        return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+        return pixels(self.x.to(device))
 
     @cached_property
     def per_class(self) -> list[Tensor]:

@@ -214,6 +214,7 @@ def test_mistakes_are_named(name, lopsided, mnist5k):
                            (dict(total=227, balance="proportional"), "total=227 .* 226"), (dict(ipc=23, balance=None), "ipc=23 .* 230 .* 226"), (dict(ipc=1, balance="even"), "balance .* 'even'"),
                            (dict(), "either ipc .* or total"), (dict(ipc=1, total=10), "ipc=1, total=10"), (dict(ipc=1, seed=-1), "seed .* -1"), (dict(ipc=1, seed="x"), "seed .* 'x'")):
         with pytest.raises(BadArgument, match=message): run(name, lopsided, **wrong)
+    with pytest.raises(BadArgument, match="balance .* 'even'"): coreset(name, balance="even")
     zeros = mnist5k.subset(mnist5k.per_class[0][:20])
     with pytest.raises(BadArgument, match=r"class 1 \(1\) has no images"): run(name, zeros, ipc=1)
     alone = ImageSet(zeros.x, zeros.y, ("0",), "alone")
@@ -253,14 +254,37 @@ def test_an_offset_changes_nothing_where_only_distances_count(lopsided, seen, to
     assert run("k_center_greedy", dark, total=60).indices.tolist() == run("k_center_greedy", replace(dark, x=dark.x + 100), total=60).indices.tolist()
 
 
-def test_weights(lopsided):
+def test_weights(lopsided, told):
     for budget in (dict(ipc=3), dict(ipc=6), dict(total=37), dict(total=37, balance="proportional"), dict(total=37, balance=None), dict(total=226, balance=None)):
         craig, matched = run("craig", lopsided, **budget), run("gradmatch", lopsided, **budget)
-        assert craig.weights.sum() == 226 and torch.equal(craig.weights, craig.weights.round())
+        assert craig.weights.sum() == 226 and craig.weights.min() >= 1 and torch.equal(craig.weights, craig.weights.round())
         if budget.get("balance", "equal") is not None:
             assert all(craig.weights[rows].sum() == n for rows, n in zip(craig.per_class, SIZES))           # a cluster lies in one class
         assert matched.weights.mean().item() == pytest.approx(1, abs=1e-5) and (matched.weights > 0).all()
         assert len(matched) == len(craig) == budget.get("total", 10 * budget.get("ipc", 0))
+    for sure in (False, True):                                                              # equals
+        told(alike(3, sure=sure))
+        data = ImageSet(torch.zeros(200, 1, 28, 28, dtype=torch.uint8), alike(3).y, tuple("0123456789"))
+        made = run("craig", data, ipc=3)
+        assert made.weights.min() >= 1 and all(made.weights[rows].sum() == 20 for rows in made.per_class)
+
+
+def test_scores(seen):
+    "Image by image."
+    n, T = len(seen), seen.epochs
+    g, right, margin = outer(seen).numpy(), seen.correct.tolist(), seen.margin.numpy()
+    e = g.reshape(n, 10, -1)[:, :, -1]                                                      # the bias has the error for its gradient
+    h = seen.features.double().numpy()
+    flips = [sum(right[t][i] and not right[t + 1][i] for t in range(T - 1)) for i in range(n)]
+    never = [not any(right[t][i] for t in range(T)) for i in range(n)]
+    far = np.array([np.linalg.norm(h[i] - h[seen.y == seen.y[i]].mean(0)) for i in range(n)])
+    middle = np.array([np.sort(own)[(len(own) - 1) // 2] for own in (far[seen.y == c] for c in seen.y)])      # of an even number, the lower one
+    assert sum(never) and any(flips)
+    for name, chosen, expected in (("grand", {}, np.linalg.norm(g, axis=1)), ("el2n", {}, np.linalg.norm(e, axis=1)), ("el2n", dict(epoch=2), seen.error[1]), ("aum", {}, -margin.mean(0)),
+                                   ("forgetting", {}, [T if no else f for no, f in zip(never, flips)]), ("forgetting", dict(unlearned="zero"), flips), ("moderate", {}, -abs(far - middle))):
+        rank = coreset(name, **chosen).rank(seen).double().numpy()
+        assert rank == pytest.approx(np.asarray(expected, float), rel=1e-4, abs=1e-5), (name, chosen)      # p - 1 in single precision
+        if name != "moderate": assert (coreset(name, keep="easy", **chosen).rank(seen).double().numpy() == -rank).all()
 
 
 # --- the pieces: facility location ---------------------------------------------------------------------------------------
@@ -281,12 +305,12 @@ def covered(s): return lambda taken: s[taken].max(0).sum()
 def kept_and_not(n, rows_of): return Similarities(n, rows_of), Similarities(n, rows_of, block=3, stored=0)
 
 
-@some
-@given(st.integers(1, 9), st.integers(1, 40), st.data())
-def test_facility_location_takes_the_first_of_the_best(n, batch, data):
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.integers(1, 12), st.integers(1, 4), st.sampled_from((1, 3, 50)), st.data())
+def test_facility_location_takes_the_first_of_the_best(seed, n, batch, largest, data):
     "Whole numbers: every sum is exact, and ties are common."
-    s = np.array(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=n, max_size=n)))
-    s, k = np.maximum(s, s.T), data.draw(st.integers(1, n))
+    s = torch.randint(largest + 1, (n, n), generator=generator(seed)).numpy()
+    s, k = np.maximum(s, s.T), data.draw(st.integers(1, n), "k")
     t = torch.from_numpy(s).float()
     for similar in kept_and_not(n, lambda j: t[j]):
         taken, gains = facility_location(similar, k, batch)

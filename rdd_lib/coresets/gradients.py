@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['nonnegative_omp', 'GradMatch', 'topped_up', 'Glister', 'gains', 'stepped', 'GlisterDeepCore']
 
-# %% ../../nbs/coresets/27_gradients.ipynb #014b753c
+# %% ../../nbs/coresets/27_gradients.ipynb #e2ef4486
 from dataclasses import dataclass
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..compressed import method
 from ..core import check
-from .signals import Gradients, SignalCoreset
+from .signals import Gradients, SignalCoreset, errors
 from .submodular import in_double
 
 # %% ../../nbs/coresets/27_gradients.ipynb #87b4d864
@@ -91,7 +90,7 @@ def topped_up(chosen: Tensor, w: Tensor,
     w = torch.cat([w, torch.full((len(more),), w.min().item() if len(w) else 1., dtype=torch.float64)])
     return torch.cat([chosen, more]), w / w.mean()
 
-# %% ../../nbs/coresets/27_gradients.ipynb #e0f2c122
+# %% ../../nbs/coresets/27_gradients.ipynb #38355b2e
 @method("glister", "Killamsetty et al., AAAI 2021")
 @dataclass(frozen=True)
 class Glister(SignalCoreset):
@@ -117,8 +116,7 @@ class Glister(SignalCoreset):
 
 def gains(gradients: Gradients, logits: Tensor, y: Tensor) -> Tensor:
     "(n,) how much a small step along each gradient lowers the summed loss of all, given everybody's logits, per length of the step."
-    e = logits.softmax(1) - F.one_hot(y, logits.shape[1])
-    return gradients.along(Gradients(e, gradients.H, bias=False).total())
+    return gradients.along(Gradients(errors(logits, y), gradients.H, bias=False).total())
 
 def stepped(gradients: Gradients, logits: Tensor, j: int, eta: float) -> Tensor:
     "Everybody's logits after a step of length eta along -g_j."

@@ -13,7 +13,7 @@ from ..compressed import method
 from ..core import check, progress
 from .signals import Gradients, SignalCoreset
 
-# %% ../../nbs/coresets/26_submodular.ipynb #db0111cc
+# %% ../../nbs/coresets/26_submodular.ipynb #edc30d3e
 STORED = 8192                        # up to here the n x n similarities are kept (537 MB); above, they are computed when they are asked for
 
 class Similarities:
@@ -23,7 +23,16 @@ class Similarities:
                  block: int = 512,   # rows that are computed at a time
                  stored: int = STORED):
         self.n, self.rows_of, self.block = n, rows_of, block
-        self.matrix = torch.cat([rows_of(j) for j in torch.arange(n).split(block)]) if n <= stored else None
+        self.matrix = self._all() if n <= stored else None
+
+    def _all(self):
+        "The matrix, in one piece of memory."
+        matrix = None
+        for j in torch.arange(self.n).split(self.block):
+            rows = self.rows_of(j)
+            if matrix is None: matrix = rows.new_empty(self.n, self.n)
+            matrix[j[0]:j[-1] + 1] = rows
+        return matrix
 
     def __getitem__(self, j: Tensor) -> Tensor: return self.rows_of(j) if self.matrix is None else self.matrix[j]
 

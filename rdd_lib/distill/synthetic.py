@@ -6,7 +6,7 @@
 __all__ = ['OPERATIONS', 'DSA', 'NOT_FLIPPED', 'Scale', 'first_images', 'RealBatches', 'Siamese', 'Distiller', 'save_checkpoint',
            'load_checkpoint']
 
-# %% ../../nbs/distill/40_synthetic.ipynb #335da74d
+# %% ../../nbs/distill/40_synthetic.ipynb #79066f11
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from ..core import BrokenFile, atomic, check, describe, device_of, digest, generator, lookup, progress
 from ..compressed import Compressor
-from ..data import ImageSet
+from ..data import ImageSet, pixels
 from ..models import Net, statistics
 
 # %% ../../nbs/distill/40_synthetic.ipynb #5dbcfd49
@@ -47,7 +47,7 @@ def first_images(data: ImageSet,
     i = torch.cat([rows[torch.randperm(len(rows), generator=g)[:k]] for rows, k in zip(data.per_class, counts)])
     return scale.normalise(data.subset(i).images(device)), y.to(device)
 
-# %% ../../nbs/distill/40_synthetic.ipynb #90f0e00d
+# %% ../../nbs/distill/40_synthetic.ipynb #b88bd716
 class RealBatches:
     "Random batches of one class at a time, normalised, on the device."
     def __init__(self, data: ImageSet, scale: Scale):
@@ -56,8 +56,7 @@ class RealBatches:
 
     def __call__(self, c: int, size: int, g: torch.Generator) -> Tensor:
         rows = self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[:size]].to(self.device)
-        x = self.x[rows]
-        return self.scale.normalise(x.float().div_(255) if x.dtype == torch.uint8 else x.float())
+        return self.scale.normalise(pixels(self.x[rows]))
 
 # %% ../../nbs/distill/40_synthetic.ipynb #c3c82c96
 def _color(u, r):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'batches', 'Trainer', 'targets', 'predict']
 
-# %% ../../nbs/robust/34_training.ipynb #5555b65f
+# %% ../../nbs/robust/34_training.ipynb #7d126610
 import contextlib
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..core import check, device_of, generator, progress, subseed
-from ..data import ImageSet
+from ..data import ImageSet, pixels
 from ..models import Net
 from .objectives import Adversarial, Standard
 
@@ -29,7 +29,7 @@ def _cosine(t): return .5 * (1 + torch.cos(torch.tensor(t * torch.pi)).item())
 
 SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "step": _step}   # "step": x .1 at half, as DC, DSA and DM evaluate
 
-# %% ../../nbs/robust/34_training.ipynb #358d4b7c
+# %% ../../nbs/robust/34_training.ipynb #ee22621f
 @dataclass(frozen=True)
 class Trainer:
     "SGD on an objective: `Trainer(...)(net, data, seed)` gives a trained model in eval mode."
@@ -64,7 +64,7 @@ class Trainer:
         device = device_of(device)
         layout = {"memory_format": torch.channels_last} if self.channels_last else {}
         model = net(data, subseed(seed, "init")).to(device, **layout).train()
-        x, y, w = data.images(device).to(**layout), targets(data).to(device), self._weights(data, device)
+        x, y, w = data.x.to(device), targets(data).to(device), self._weights(data, device)       # x may be bytes: a quarter of the memory
         order, draws = generator(seed, "order"), generator(seed, "attack", device=device)
         total = self.steps or self.epochs * -(-len(data) // self.batch)
         opt = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
@@ -73,7 +73,7 @@ class Trainer:
         for step, i in zip(progress(range(total), desc="training"), batches(len(data), self.batch, order)):
             i = i.to(device)
             opt.param_groups[0]["lr"] = self.lr * SCHEDULES[self.schedule](step / total)
-            with self._autocast(device): loss = self.objective(model, x[i], y[i], None if w is None else w[i], draws)
+            with self._autocast(device): loss = self.objective(model, pixels(x[i]).to(**layout), y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
             if watch: watch(i, last["logits"])
