@@ -302,7 +302,7 @@ def by_trying(k, n, value):
 def covered(s): return lambda taken: s[taken].max(0).sum()
 
 
-def kept_and_not(n, rows_of): return Similarities(n, rows_of), Similarities(n, rows_of, block=3, stored=0)
+def kept_and_not(n, rows_of, floor=0.): return Similarities(n, rows_of, floor=floor), Similarities(n, rows_of, block=3, stored=0, floor=floor)
 
 
 @settings(max_examples=150, deadline=None)
@@ -336,7 +336,7 @@ def test_facility_location_on_gradients(seed, dtype):
     for similar, full in ((cosines(s.gradients), .5 + .5 * unit @ unit.T), (nearness(s.gradients), 2 * g.norm(dim=1).max() - torch.cdist(g, g))):
         full = full.numpy()
         off = tol ** .5 * full.max()                                                        # of a distance near 0, from squares
-        assert similar[torch.arange(9)].numpy() == pytest.approx(full, abs=off)
+        assert (similar[torch.arange(9)] - similar.floor).numpy() == pytest.approx(full, abs=off)
         taken, gains = facility_location(similar, 4)
         best = max(covered(full)(list(c)) for c in combinations(range(9), 4))
         assert covered(full)(taken.tolist()) == pytest.approx(gains.sum().item(), abs=9 * off) and gains.sum() >= (1 - 1 / np.e) * best - 9 * off
@@ -355,14 +355,14 @@ def test_facility_location_against_apricot(mnist5k, tmp_path):
     "The same objective to 1e-5, and the same picks up to the first tie; rows kept or computed."
     features = signals(sample(mnist5k, 400), FAST, device="cpu", keep=False).gradients
     chance = Gradients(*(torch.randn(300, d, generator=generator(d)) for d in (5, 8)))
-    full = [cosines(gradients)[torch.arange(len(gradients))].double().numpy() for gradients in (features, chance)]
+    full = [1 + cosines(gradients)[torch.arange(len(gradients))].double().numpy() for gradients in (features, chance)]
     full = [(s + s.T) / 2 for s in full]
     for name, s in zip("ab", full): np.save(tmp_path / f"{name}.npy", s)
     done = subprocess.run([sys.executable, "-c", APRICOT, "a.npy", "b.npy"], cwd=tmp_path, check=True, capture_output=True, text=True,
                           env=os.environ | {"NUMBA_NUM_THREADS": "1"})         # apart: the threads of its parallel loops would slow torch down from here on
     theirs = [list(map(int, line.split())) for line in done.stdout.splitlines()]
     for gradients, k, s, rankings in ((features, 50, full[0], theirs[:2]), (chance, 30, full[1], theirs[2:])):
-        for similar in kept_and_not(len(gradients), cosines(gradients).rows_of):
+        for similar in kept_and_not(len(gradients), cosines(gradients).rows_of, floor=-1.):
             taken = facility_location(similar, k)[0].tolist()
             is_greedy(taken, s)
             for other in rankings:
@@ -378,7 +378,7 @@ def test_large_groups_get_the_same(name, lopsided, seen, told, monkeypatch):
     "Above `STORED` images nothing is kept, and nothing changes."
     told(seen)
     first = run(name, lopsided, total=37)
-    monkeypatch.setattr(Similarities.__init__, "__defaults__", (16, 0))
+    monkeypatch.setattr(Similarities.__init__, "__defaults__", (16, 0, 0.))
     assert (pictures(first) & pictures(run(name, lopsided, total=37))).total() >= 36
 
 

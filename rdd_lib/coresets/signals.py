@@ -20,7 +20,7 @@ from ..models import Net, Normalized
 from ..robust.attacks import PGD
 from ..robust.training import Trainer
 
-# %% ../../nbs/coresets/23_signals.ipynb #0ebb4844
+# %% ../../nbs/coresets/23_signals.ipynb #d6bf08ce
 @dataclass(frozen=True, eq=False, repr=False)
 class Signals:
     "What one trained network says about N images; T epochs of its training, C classes, D features."
@@ -35,7 +35,8 @@ class Signals:
         n = len(self.y)
         check(self.features.dim() == self.logits.dim() == 2 and len(self.features) == len(self.logits) == n,
               f"features and logits must have a row for each of {n} labels, got {tuple(self.features.shape)} and {tuple(self.logits.shape)}")
-        for t in (self.features, self.logits): check(bool(torch.isfinite(t).all()), "features and logits must be finite: did the proxy's training diverge?")
+        for name in ("features", "logits"):
+            check(not (bad := int((~torch.isfinite(getattr(self, name))).sum())), f"{name} must be finite, {bad} of its entries are not: did the proxy's training diverge?")
         for name in HISTORY: check((t := getattr(self, name)) is None or t.dim() == 2 and t.shape[1] == n, f"{name} must be (epochs, {n}), got {t is not None and tuple(t.shape)}")
 
     def __len__(self): return len(self.y)

@@ -13,16 +13,18 @@ from ..compressed import method
 from ..core import check, progress
 from .signals import Gradients, SignalCoreset
 
-# %% ../../nbs/coresets/26_submodular.ipynb #edc30d3e
-STORED = 8192                        # up to here the n x n similarities are kept (537 MB); above, they are computed when they are asked for
+# %% ../../nbs/coresets/26_submodular.ipynb #0cdbf92e
+STORED = 8192                        # up to here the n x n similarities are kept (268 MB in float32); above, they are computed when they are asked for
 
 class Similarities:
     "Rows of an n x n similarity, kept or computed when asked for."
     def __init__(self, n: int,
-                 rows_of,            # (m,) positions -> (m, n) similarities, >= 0, best float64: late gains are small differences
+                 rows_of,            # (m,) positions -> (m, n) similarities, all at least `floor`
                  block: int = 512,   # rows that are computed at a time
-                 stored: int = STORED):
-        self.n, self.rows_of, self.block = n, rows_of, block
+                 stored: int = STORED,
+                 floor: float = 0.): # what a point gets from nobody
+        self.n, self.rows_of, self.block, self.floor = n, rows_of, block, floor
+        self.at_once = max(1, 2 ** 22 // n)                       # rows in 16 MB of float32
         self.matrix = self._all() if n <= stored else None
 
     def _all(self):
@@ -36,12 +38,13 @@ class Similarities:
 
     def __getitem__(self, j: Tensor) -> Tensor: return self.rows_of(j) if self.matrix is None else self.matrix[j]
 
-    def sums(self) -> Tensor:
-        "(n,) the sum of every row."
-        if self.matrix is not None: return self.matrix.sum(1)
-        return torch.cat([self.rows_of(j).sum(1) for j in progress(torch.arange(self.n).split(self.block), desc="similarities")])
+    def gains(self) -> Tensor:
+        "(n,) float64: what every point would give to all, were it the first."
+        blocks = torch.arange(self.n).split(self.block)
+        rows = (self.rows_of(j) if self.matrix is None else self.matrix[j[0]:j[-1] + 1] for j in progress(blocks, desc="similarities"))
+        return torch.cat([part.sum(1, dtype=torch.float64) for part in rows]) - self.n * self.floor
 
-# %% ../../nbs/coresets/26_submodular.ipynb #49224662
+# %% ../../nbs/coresets/26_submodular.ipynb #1d64daf6
 def facility_location(s: Similarities,   # symmetric
                       k: int,            # how many to take, 1 ... n
                       batch: int = 32,   # bounds that are refreshed together
@@ -51,10 +54,10 @@ def facility_location(s: Similarities,   # symmetric
     A gain can only shrink as the set grows, so an old gain is a bound, and most are never computed again. Of equal ones, the first."""
     check(1 <= k <= s.n, f"k must be in 1 ... {s.n}, got {k}")
     check(batch >= 1, f"batch must be >= 1, got {batch}")
-    bound = s.sums()
-    best, taken, gains = torch.zeros_like(bound), [], []
+    bound = s.gains()
+    best, taken, gains = torch.full_like(s[torch.tensor([0])][0], s.floor), [], []
     for _ in progress(range(k), desc="facility location"):
-        fresh = torch.full_like(bound, not taken, dtype=torch.bool)      # the sums are the true gains of the first step
+        fresh = torch.full_like(bound, not taken, dtype=torch.bool)      # the first gains are true ones
         j = _leader(s, bound, fresh, best, batch)
         gains.append(bound[j].item()); taken.append(j)
         best = torch.maximum(best, s[torch.tensor([j])][0])
@@ -66,26 +69,26 @@ def _leader(s, bound, fresh, best, batch):
     while not fresh[j := int(bound.argmax())]:
         stale = torch.where(fresh, -torch.inf, bound).topk(min(batch, len(bound))).indices
         stale = stale[bound[stale] > -torch.inf]                         # without those that are taken
-        bound[stale] = (s[stale.cpu()] - best).clamp_min_(0).sum(1)
+        bound[stale] = s[stale.cpu()].sub_(best).clamp_min_(0).sum(1, dtype=torch.float64)
         fresh[stale] = True
+        batch = min(2 * batch, max(batch, s.at_once))                    # where many bounds are loose, as in the second step, ask for more each time
     return j
 
-# %% ../../nbs/coresets/26_submodular.ipynb #d2cae89b
+# %% ../../nbs/coresets/26_submodular.ipynb #2f734a3a
 def in_double(gradients: Gradients) -> Gradients:
     "The same rows in float64."
     return Gradients(gradients.E.double(), gradients.H.double(), bias=False)
 
 def cosines(gradients: Gradients) -> Similarities:
-    "s = 1/2 + 1/2 cos; a zero gradient is at 1/2 to all."
+    "s = 1/2 + 1/2 cos, less 1; a zero gradient is at 1/2 to all."
     unit = in_double(gradients).unit()
-    return Similarities(len(unit), lambda j: unit.take(j).dot(unit).add_(1).div_(2).clamp_min_(0))
+    return Similarities(len(unit), lambda j: unit.take(j).dot(unit).sub_(1).div_(2).clamp_(-1, 0).float(), floor=-1.)
 
 def nearness(gradients: Gradients) -> Similarities:
-    "s = c - ||g_i - g_j||, c at least the largest distance: which c it is does not change what facility location takes."
+    "s = c - ||g_i - g_j||, less c, which is at least the largest distance: which c it is does not change what facility location takes."
     g = in_double(gradients)
     square = g.norms.square()
-    c = 2 * g.norms.max()
-    return Similarities(len(g), lambda j: c - (square[j, None] + square - 2 * g.take(j).dot(g)).clamp_min_(0).sqrt_())
+    return Similarities(len(g), lambda j: -(square[j, None] + square - 2 * g.take(j).dot(g)).clamp_min_(0).sqrt_().float(), floor=-2 * g.norms.max().item())
 
 # %% ../../nbs/coresets/26_submodular.ipynb #d02a6a14
 def graph_cut(gradients: Gradients,   # of length 1 or 0: see `Gradients.unit`

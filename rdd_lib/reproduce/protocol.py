@@ -112,7 +112,7 @@ PLANS = {
                 DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))), extra_seeds=1, normalised_seeds=1),
     "paper": Plan(3, Protocol(), Proxy(), MinimalCoreset(time_limit=3600.), DistributionMatching(), extra_seeds=3, normalised_seeds=3)}
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #5427e04a
+# %% ../../nbs/reproduce/54_protocol.ipynb #211b65f5
 @dataclass(frozen=True)
 class Row:
     "A method as a table names it."
@@ -132,7 +132,7 @@ def mcs_rows(profile: str = "smoke") -> list[Row]:
     ours = {"Herding (DeepCore)": HerdingDeepCore(**reads), "Glister (DeepCore)": GlisterDeepCore(**reads),
             "SubMod, facility location": Submodular(function="facility_location", **reads), "k-center": KCenterGreedy()}
     return [Row("Raw", "full set", None), *(Row(n, "coreset", m, redrawn=n == "Rand") for n, m in papers.items()), Row("DM", "condensation", plan.dm),
-            Row("MCS, equal weights", "coreset", mcs, weighted=False, extra=True), *(Row(n, "coreset", m, extra=True) for n, m in ours.items())]
+            *(Row(f"{n}, equal weights", "coreset", papers[n], weighted=False, extra=True) for n in ("Craig", "MCS")), *(Row(n, "coreset", m, extra=True) for n, m in ours.items())]
 
 def chosen_rows(profile: str, labels) -> list[Row]:
     "The rows with these labels, in this order. Raises `UnknownName`."
