@@ -37,9 +37,18 @@ def test_fig2_twice_is_the_same_and_takes_its_cells_from_the_store(tmp_path):
 
 
 def test_table1_leaves_no_method_out(tmp_path):
-    folder, _ = reproduce("mcs/table1", "n_test=20", "seeds=1", "methods=Rand", cwd=tmp_path)
+    folder, _ = reproduce("mcs/table1", "n_test=20", "seeds=1", "methods=Rand,SubMod,k-center", cwd=tmp_path)
     table = pd.read_csv(folder / "table1.csv")
-    assert len(table) == 12 * 4 * 2 and set(table.dataset) == {"mnist", "cifar10", "cifar100", "svhn"}
-    rand = table[(table.dataset == "mnist") & (table.method == "Rand")]
-    assert rand.ours.notna().all() and rand.published.tolist() == [95.15, 92.5]
-    assert (table[table.method == "TM"].note == "not yet").all()
+    assert len(table) == 12 * 4 * 3 + 2 and set(table.dataset) == {"mnist", "cifar10", "cifar100", "svhn"}
+    rand, submod, k_center = (table[(table.dataset == "mnist") & (table.method == m)] for m in ("Rand", "SubMod", "k-center"))
+    assert rand.score.tolist() == ["std", "rob", "rob (normalised)"] and rand.published.tolist() == [95.15, 92.5, 92.5]
+    assert submod.ours.notna().all() and k_center.score.tolist() == ["std", "rob"] and (k_center.note == "not published").all()
+    for ours in (rand, submod): assert ((ours.ours_lo <= ours.ours) & (ours.ours <= ours.ours_hi)).all()
+    assert (table[table.method == "TM"].note == "not yet").all() and (folder / "table1_mnist.png").exists()
+
+
+def test_budget_has_a_curve_for_every_method(tmp_path):
+    folder, told = reproduce("mcs/budget", "n_test=20", "steps=3", "seeds=1", "ipcs=1,3", "methods=Rand,k-center", cwd=tmp_path)
+    table = pd.read_csv(folder / "budget.csv")
+    assert list(zip(table.method, table.ipc)) == [("Rand", 1), ("Rand", 3), ("k-center", 1), ("k-center", 3)]
+    assert ((table.std_lo <= table["std"]) & (table["std"] <= table.std_hi)).all() and {"budget_std.png", "budget_rob.png"} <= {p.name for p in folder.iterdir()}
