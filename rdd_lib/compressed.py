@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'BALANCES', 'METHODS', 'Compressed', 'save', 'load_compressed', 'budget', 'Compressor', 'Method', 'method',
            'methods', 'find_method']
 
-# %% ../nbs/03_compressed.ipynb #da3c6dd2
+# %% ../nbs/03_compressed.ipynb #ca49ca33
 import importlib, json, pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 import rdd_lib
-from .core import BrokenFile, MissingData, atomic, check, describe, generator, lookup
+from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, generator, lookup
 from .data import ImageSet, shares, show_images
 
 # %% ../nbs/03_compressed.ipynb #93be2474
@@ -87,7 +87,7 @@ def load_compressed(path: str | Path) -> Compressed:
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise BrokenFile(f"{str(path)!r} is not a compressed set in format {FORMAT} ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/03_compressed.ipynb #e33209d5
+# %% ../nbs/03_compressed.ipynb #924ce88b
 BALANCES = ("equal", "proportional", None)
 
 def budget(data: ImageSet,
@@ -99,7 +99,7 @@ def budget(data: ImageSet,
     check(balance in BALANCES, f"balance must be 'equal', 'proportional' or None, got {balance!r}")
     check((ipc is None) != (total is None), f"give either ipc (images per class) or total (images in all), got ipc={ipc}, total={total}")
     name, value = ("ipc", ipc) if total is None else ("total", total)
-    check(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1, f"{name} must be a whole number >= 1, got {value!r}")
+    check_whole(name, value)
     if balance != "equal":
         wanted = value if ipc is None else ipc * data.n_classes
         check(wanted <= len(data), f"{name}={value} asks for {wanted} images, but {data.name}/{data.split} has {len(data)}")

@@ -13,16 +13,16 @@ from ..compressed import BALANCES, Compressor, budget, method
 from ..core import check, generator
 from ..data import ImageSet
 
-# %% ../../nbs/coresets/20_random.ipynb #52fe2602
+# %% ../../nbs/coresets/20_random.ipynb #13caec51
 def groups(data: ImageSet,
            counts: list[int],      # images for each class
            balance: str | None,    # one of `BALANCES`
-          ) -> list[tuple[Tensor, int]]:  # (rows of the data, how many of them to pick)
+          ) -> list[tuple[Tensor, int]]:  # (rows of the data, how many of them to pick, which may be 0)
     "What a coreset method chooses from: each class by itself, or with `balance=None` all images at once."
     if balance is None: return [(torch.arange(len(data)), sum(counts))]
-    return [(rows, k) for rows, k in zip(data.per_class, counts) if k]
+    return list(zip(data.per_class, counts))
 
-# %% ../../nbs/coresets/20_random.ipynb #c7be36aa
+# %% ../../nbs/coresets/20_random.ipynb #eaadb752
 @dataclass(frozen=True)
 class Coreset(Compressor):
     "A method that picks images of a data set: `look` at the data once, then `pick` in each group."
@@ -45,7 +45,8 @@ class Coreset(Compressor):
 
     def make(self, data, counts, seed, device):
         seen, g = self.look(data, seed, device), generator(seed, "random")
-        picked = [self.pick(seen, rows[torch.randperm(len(rows), generator=g)], k, g) for rows, k in groups(data, counts, self.balance)]
+        shuffled = [(rows[torch.randperm(len(rows), generator=g)], k) for rows, k in groups(data, counts, self.balance)]    # whatever k is: a larger budget meets the same order
+        picked = [self.pick(seen, rows, k, g) for rows, k in shuffled if k]
         if not isinstance(picked[0], tuple): return {"indices": torch.cat(picked)}
         indices, weights = map(torch.cat, zip(*picked))
         return {"indices": indices, "weights": weights.float()}

@@ -17,7 +17,7 @@ from ..covering.k_center import k_mcs
 from ..covering.set_cover import check_limits, farthest_first
 from ..data import ImageSet
 
-# %% ../../nbs/coresets/21_covering.ipynb #f564f5bd
+# %% ../../nbs/coresets/21_covering.ipynb #b7200fa0
 @method("k_center_greedy", "Gonzalez 1985; Sener & Savarese, ICLR 2018", alias="kcg")
 @dataclass(frozen=True)
 class KCenterGreedy(Coreset):
@@ -30,7 +30,9 @@ class KCenterGreedy(Coreset):
         space = space_of(data.x, None, self.norm, None if self.balance is None else data.y, device_of(device))
         g, picked, lower = generator(seed, "start"), [], 0.
         for rows, k in groups(data, counts, self.balance):
+            if not len(rows): continue
             start = int(torch.randint(len(rows), (), generator=g))
+            if not k: continue
             chosen, reach, key = farthest_first(space.take(rows), min(k + 1, len(rows)), start)
             picked.append(rows[chosen[:k]])
             if len(chosen) > k: lower = max(lower, space.distance(min(reach[1:])).item() / 2)

@@ -62,7 +62,7 @@ def nonnegative_omp(gradients: Gradients,
         gain[taken] = -torch.inf
     return torch.tensor(taken, dtype=torch.int64), torch.from_numpy(w)
 
-# %% ../../nbs/coresets/27_gradients.ipynb #228a2f29
+# %% ../../nbs/coresets/27_gradients.ipynb #7b658473
 @method("gradmatch", "Killamsetty et al., ICML 2021 (GRAD-MATCH)", alias="gradm")
 @dataclass(frozen=True)
 class GradMatch(SignalCoreset):
@@ -79,18 +79,22 @@ class GradMatch(SignalCoreset):
         chosen, w = nonnegative_omp(gradients, target, k, self.lam * gradients.norms.double().square().mean().item())
         return topped_up(chosen, w, gradients.along(target), k)
 
+    def make(self, data, counts, seed, device):
+        made = super().make(data, counts, seed, device)
+        return made | {"weights": made["weights"] / made["weights"].mean()}
+
 def topped_up(chosen: Tensor, w: Tensor,
               rank: Tensor,             # (n,) who comes next, highest first
               k: int,
-             ) -> tuple[Tensor, Tensor]:  # k positions, k weights of mean 1
-    "Fill up to k, with the smallest weight there is: a coreset has as many images as were asked for."
+             ) -> tuple[Tensor, Tensor]:  # k positions, k weights
+    "Fill up to k, with the smallest weight there is (n / k where there is none): a coreset has as many images as were asked for."
     rank = rank.double().cpu().clone()
     rank[chosen] = -torch.inf
     more = rank.argsort(descending=True, stable=True)[:k - len(chosen)]
-    w = torch.cat([w, torch.full((len(more),), w.min().item() if len(w) else 1., dtype=torch.float64)])
-    return torch.cat([chosen, more]), w / w.mean()
+    w = torch.cat([w, torch.full((len(more),), w.min().item() if len(w) else len(rank) / k, dtype=torch.float64)])
+    return torch.cat([chosen, more]), w
 
-# %% ../../nbs/coresets/27_gradients.ipynb #38355b2e
+# %% ../../nbs/coresets/27_gradients.ipynb #e046770f
 @method("glister", "Killamsetty et al., AAAI 2021")
 @dataclass(frozen=True)
 class Glister(SignalCoreset):
@@ -100,7 +104,7 @@ class Glister(SignalCoreset):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.eta > 0, f"eta must be > 0, got {self.eta}")
+        check(0 < self.eta < float("inf"), f"eta must be > 0 and finite, got {self.eta}")
 
     def choose(self, s, k, g):
         gradients, logits = in_double(s.gradients), s.logits.double()      # after some steps the losses are small, and so are the gains

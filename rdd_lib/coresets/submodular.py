@@ -44,7 +44,7 @@ class Similarities:
         rows = (self.rows_of(j) if self.matrix is None else self.matrix[j[0]:j[-1] + 1] for j in progress(blocks, desc="similarities"))
         return torch.cat([part.sum(1, dtype=torch.float64) for part in rows]) - self.n * self.floor
 
-# %% ../../nbs/coresets/26_submodular.ipynb #1d64daf6
+# %% ../../nbs/coresets/26_submodular.ipynb #45c15a18
 def facility_location(s: Similarities,   # symmetric
                       k: int,            # how many to take, 1 ... n
                       batch: int = 32,   # bounds that are refreshed together
@@ -55,6 +55,7 @@ def facility_location(s: Similarities,   # symmetric
     check(1 <= k <= s.n, f"k must be in 1 ... {s.n}, got {k}")
     check(batch >= 1, f"batch must be >= 1, got {batch}")
     bound = s.gains()
+    check(bool(torch.isfinite(bound).all()), f"similarities must be finite; {int((~torch.isfinite(bound)).sum())} of {s.n} rows hold one that is not")
     best, taken, gains = torch.full_like(s[torch.tensor([0])][0], s.floor), [], []
     for _ in progress(range(k), desc="facility location"):
         fresh = torch.full_like(bound, not taken, dtype=torch.bool)      # the first gains are true ones
@@ -90,10 +91,10 @@ def nearness(gradients: Gradients) -> Similarities:
     square = g.norms.square()
     return Similarities(len(g), lambda j: -(square[j, None] + square - 2 * g.take(j).dot(g)).clamp_min_(0).sqrt_().float(), floor=-2 * g.norms.max().item())
 
-# %% ../../nbs/coresets/26_submodular.ipynb #d02a6a14
+# %% ../../nbs/coresets/26_submodular.ipynb #4b3ce52c
 def graph_cut(gradients: Gradients,   # of length 1 or 0: see `Gradients.unit`
               k: int,
-              lam: float = 1.,        # how much being like the others counts against being unlike the chosen
+              lam: float = 1.,        # weight of being like all, against being unlike the chosen
              ) -> Tensor:             # (k,) positions in the order of the choice
     """Greedy maximiser of lam sum_{i, a in A} s_ia - sum_{a, b in A} s_ab with s = 1/2 + 1/2 cos, without any matrix of similarities.
 
@@ -107,7 +108,7 @@ def graph_cut(gradients: Gradients,   # of length 1 or 0: see `Gradients.unit`
         gain[taken] = -torch.inf
     return torch.tensor(taken)
 
-# %% ../../nbs/coresets/26_submodular.ipynb #f79fa569
+# %% ../../nbs/coresets/26_submodular.ipynb #de7676be
 @method("submodular", "Kothawade et al., AAAI 2022; DeepCore's SubMod", alias="submod")
 @dataclass(frozen=True)
 class Submodular(SignalCoreset):
@@ -118,7 +119,7 @@ class Submodular(SignalCoreset):
     def __post_init__(self):
         super().__post_init__()
         check(self.function in ("graph_cut", "facility_location"), f"function must be 'graph_cut' or 'facility_location', got {self.function!r}")
-        check(self.lam >= 0, f"lam must be >= 0, got {self.lam}")
+        check(0 <= self.lam < float("inf"), f"lam must be >= 0 and finite, got {self.lam}")
 
     def choose(self, s, k, g):
         if self.function == "graph_cut": return graph_cut(in_double(s.gradients).unit(), k, self.lam)

@@ -6,7 +6,7 @@
 __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', 'score', 'Plan', 'Row', 'mcs_rows', 'chosen_rows',
            'paper_threat', 'mcs_cells']
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #e662a347
+# %% ../../nbs/reproduce/54_protocol.ipynb #ba20f125
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
@@ -22,12 +22,12 @@ from ..data import ImageSet, load, sample
 from ..distill.distribution import DistributionMatching
 from ..models import STATS, Net
 from ..robust.attacks import PGD
-from ..robust.autoattack import attack_of
+from ..robust.autoattack import ATTACKS, attack_of
 from ..robust.evaluation import rob_score, std_score
 from ..robust.threats import Threat, Linf
 from ..robust.training import Trainer
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #f6b3b21b
+# %% ../../nbs/reproduce/54_protocol.ipynb #ac4652fc
 @dataclass(frozen=True)
 class Protocol:
     "How a data set is scored. The defaults are the MCS paper's (section 4), on MNIST."
@@ -39,6 +39,7 @@ class Protocol:
     n_test: int | None = None         # stratified test images; None: all of them
 
     def __post_init__(self):
+        lookup(self.attack, ATTACKS, "attack")
         for name in ("train_steps", "n_test"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
 

@@ -21,8 +21,8 @@ from .objectives import Adversarial, Standard
 from .threats import Threat
 from .training import Trainer, predict
 
-# %% ../../nbs/robust/35_evaluation.ipynb #3c04c18b
-def wilson(k: int,               # successes
+# %% ../../nbs/robust/35_evaluation.ipynb #445000cc
+def wilson(k: float,             # successes: a count, or the mean of several
            n: int,               # trials
            level: float = .95,   # of confidence
           ) -> tuple[float, float]:
