@@ -62,7 +62,7 @@ def nonnegative_omp(gradients: Gradients,
         gain[taken] = -torch.inf
     return torch.tensor(taken, dtype=torch.int64), torch.from_numpy(w)
 
-# %% ../../nbs/coresets/27_gradients.ipynb #7b658473
+# %% ../../nbs/coresets/27_gradients.ipynb #2d6e1cfe
 @method("gradmatch", "Killamsetty et al., ICML 2021 (GRAD-MATCH)", alias="gradm")
 @dataclass(frozen=True)
 class GradMatch(SignalCoreset):
@@ -87,12 +87,12 @@ def topped_up(chosen: Tensor, w: Tensor,
               rank: Tensor,             # (n,) who comes next, highest first
               k: int,
              ) -> tuple[Tensor, Tensor]:  # k positions, k weights
-    "Fill up to k, with the smallest weight there is (n / k where there is none): a coreset has as many images as were asked for."
+    "Fill up to k, with the smallest weight there is, at the same sum of weights (n where there is none): a coreset has as many images as were asked for."
     rank = rank.double().cpu().clone()
     rank[chosen] = -torch.inf
     more = rank.argsort(descending=True, stable=True)[:k - len(chosen)]
-    w = torch.cat([w, torch.full((len(more),), w.min().item() if len(w) else len(rank) / k, dtype=torch.float64)])
-    return torch.cat([chosen, more]), w
+    filled = torch.cat([w, torch.full((len(more),), w.min().item() if len(w) else 1., dtype=torch.float64)])
+    return torch.cat([chosen, more]), filled * ((w.sum() if len(w) else len(rank)) / filled.sum())
 
 # %% ../../nbs/coresets/27_gradients.ipynb #e046770f
 @method("glister", "Killamsetty et al., AAAI 2021")
