@@ -35,7 +35,7 @@ def _nonnegative(gram: np.ndarray,   # (m, m)
         inside = np.delete(inside, down[steps.argmin()])
     return w
 
-# %% ../../nbs/coresets/27_gradients.ipynb #3735868c
+# %% ../../nbs/coresets/27_gradients.ipynb #0360a817
 def nonnegative_omp(gradients: Gradients,
                     target: Tensor,        # (C, D + 1): what the weighted sum shall be
                     k: int,                # how many rows may have a weight
@@ -48,7 +48,7 @@ def nonnegative_omp(gradients: Gradients,
     check(1 <= k <= len(gradients), f"k must be in 1 ... {len(gradients)}, got {k}")
     rows, target = in_double(gradients), target.double()
     gain = rows.along(target)
-    aim, floor = gain.cpu().numpy(), 1e-6 * gain.abs().max().item()
+    aim, floor = gain.cpu().numpy(), 1e-10 * gain.abs().max().item()
     taken, w, gram, explained = [], np.zeros(0), np.zeros((0, 0)), 0.
     while len(taken) < k and gain.max() > floor:
         tried = [*taken, int(gain.argmax())]
