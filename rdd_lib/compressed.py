@@ -6,15 +6,16 @@
 __all__ = ['FORMAT', 'BALANCES', 'METHODS', 'Compressed', 'save', 'load_compressed', 'budget', 'Compressor', 'Method', 'method',
            'methods', 'find_method']
 
-# %% ../nbs/03_compressed.ipynb #ca49ca33
+# %% ../nbs/03_compressed.ipynb #e89d50db
 import importlib, json, pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
 import rdd_lib
-from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, generator, lookup
+from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, generator, lookup, with_settings
 from .data import ImageSet, shares, show_images
 
 # %% ../nbs/03_compressed.ipynb #177a1618
@@ -158,7 +159,7 @@ class Compressor:
         provenance = {"method": describe(self), "ipc": ipc, "total": total, "seed": seed, "source": source, "versions": versions} | made.pop("report", {})
         return Compressed(**made, classes=data.classes, name=data.name, split=data.split, provenance=provenance)
 
-# %% ../nbs/03_compressed.ipynb #9ad170c0
+# %% ../nbs/03_compressed.ipynb #cc1ed11a
 @dataclass(frozen=True)
 class Method:
     "A registered compression method."
@@ -166,13 +167,21 @@ class Method:
     make: type       # its dataclass
     paper: str       # where it comes from
     alias: str = ""  # its abbreviation in tables
+    preset: Callable[[str, int | None], dict] = lambda data, ipc: {}     # the paper's settings for a data set's name and a number of images per class
+
+    def build(self, data: str,           # name of the data set
+              ipc: int | None = None,    # images per class
+              **settings,                # instead of the paper's: name=value, dotted names reach into nested settings, strings are parsed
+             ) -> Compressor:
+        "The method as its paper sets it for this data set and budget, with your changes."
+        return with_settings(self.make(**self.preset(data, ipc)), **settings)
 
 METHODS: dict[str, Method] = {}
 
-def method(name: str, paper: str, alias: str = ""):
-    "Class decorator: enter a `Compressor` in the registry under `name` (and `alias`)."
+def method(name: str, paper: str, alias: str = "", preset=None):
+    "Class decorator: enter a `Compressor` in the registry under `name` (and `alias`). Called on the same class again, it enters a composition."
     def enter(cls):
-        METHODS[name] = Method(name, cls, paper, alias)
+        METHODS[name] = Method(name, cls, paper, alias, *([preset] if preset else []))
         return cls
     return enter
 

@@ -61,15 +61,17 @@ def lookup(name: str,    # what the user typed
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise UnknownName(f"unknown {what} {name!r}; {hint}known: {', '.join(table)}")
 
-# %% ../nbs/00_core.ipynb #f49b48c8
+# %% ../nbs/00_core.ipynb #9ebdee0f
 def describe(o) -> object:
     "Nested plain data that names `o` and every setting in it: what is hashed for a cache key and saved as provenance."
+    if hasattr(o, "fingerprint"): return {"is": type(o).__name__, "name": o.name, "images": len(o), "fingerprint": o.fingerprint}     # a data set is named, not spelled out
     if is_dataclass(o): return {"is": type(o).__name__} | {f.name: describe(getattr(o, f.name)) for f in fields(o) if f.repr}
     if isinstance(o, dict): return {str(k): describe(v) for k, v in sorted(o.items())}
     if isinstance(o, (list, tuple)): return [describe(v) for v in o]
     if isinstance(o, float) and not np.isfinite(o): return str(o)      # JSON has no infinity
     if isinstance(o, (int, float, str, bool, type(None))): return o
     if isinstance(o, np.generic): return o.item()
+    if isinstance(o, Path): return o.name                               # where it lies says nothing
     raise BadArgument(f"a setting must be plain data or a dataclass of plain data, got {type(o).__name__}: {o!r:.80}")
 
 # %% ../nbs/00_core.ipynb #7e26a873
@@ -94,7 +96,7 @@ def _converted(old, new, name, may_be_none):
     check(ok, f"setting {name!r} must be of type {kind.__name__} (it is {old!r}), got {new!r}")
     return value
 
-# %% ../nbs/00_core.ipynb #1f22e0f1
+# %% ../nbs/00_core.ipynb #2c326ed0
 def with_settings(o,                # a frozen dataclass
                   **settings,       # name=value; a dotted name reaches into a nested dataclass; strings are parsed
                  ):
@@ -103,8 +105,16 @@ def with_settings(o,                # a frozen dataclass
         head, _, rest = name.partition(".")
         field = lookup(head, {f.name: f for f in fields(o)}, f"setting of {type(o).__name__}")
         old = getattr(o, head)
-        o = replace(o, **{head: with_settings(old, **{rest: value}) if rest else _converted(old, value, name, "None" in str(field.type))})
+        check(not rest or isinstance(old, dict) or is_dataclass(old), f"setting {head!r} is {old!r}, so there is no {name!r}")
+        if isinstance(old, dict) and rest: new = old | {rest: _plain(value)}
+        else: new = with_settings(old, **{rest: value}) if rest else _converted(old, value, name, "None" in str(field.type))
+        o = replace(o, **{head: new})
     return o
+
+def _plain(value):
+    "A string as the number, truth value or list that it spells, if it spells one."
+    try: return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError: return value
 
 # %% ../nbs/00_core.ipynb #e09372c5
 def subseed(seed: int,   # the seed of the whole

@@ -5,25 +5,44 @@
 # %% auto #0
 __all__ = ['DistributionMatching']
 
-# %% ../../nbs/distill/41_distribution.ipynb #8ab620ee
+# %% ../../nbs/distill/41_distribution.ipynb #e24ec90c
 from dataclasses import dataclass
 import torch
+from ..augmentation import Siamese
 from ..compressed import method
-from ..core import subseed
-from .synthetic import Distiller, Siamese
+from ..core import check, check_whole, subseed
+from .synthetic import ClassMatching
+from ..robust.training import Trainer
 
-# %% ../../nbs/distill/41_distribution.ipynb #2e7a67c8
-@method("distribution_matching", "Zhao & Bilen, WACV 2023", alias="dm")
+# %% ../../nbs/distill/41_distribution.ipynb #390078cd
+def _published(data, ipc): return {"lr": 10.} if ipc and ipc >= 100 else {}
+
+@method("distribution_matching", "Zhao & Bilen, WACV 2023", alias="dm", preset=_published)
 @dataclass(frozen=True)
-class DistributionMatching(Distiller):
+class DistributionMatching(ClassMatching):
     "DM: match the class means of the features of a fresh random network in every iteration (Zhao & Bilen 2023, Eq. 6)."
     iterations: int = 20_000
+    extractor: Trainer | None = None   # instead of random networks: some that this trainer trained on the real set
+    extractors: int = 4                # how many of those; one is drawn in every iteration
 
-    def loss(self, u, y, real, data, g):
-        net = self.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).model.to(u.device).requires_grad_(False)
-        total = 0.
-        for c in range(data.n_classes):
-            augment = Siamese(self.augment, data.name, g)           # shared by the real and the synthetic batch
-            with torch.no_grad(): goal = net.embed(augment(real(c, self.batch_real, g))).mean(0)
-            total = total + (net.embed(augment(u[y == c])).mean(0) - goal).square().sum()
-        return total
+    def __post_init__(self):
+        super().__post_init__()
+        check_whole("extractors", self.extractors)
+        check(not self.lr_label, f"distribution matching does not look at labels: lr_label must be 0, got {self.lr_label}")
+
+    def prepare(self, s, data, seed, device):
+        if self.extractor: return [self.extractor(self.net, data, subseed(seed, "extractor", n), device) for n in range(self.extractors)]
+
+    def steps(self, s, real, data, g):
+        net = self._look(s, data, g).requires_grad_(False)
+        yield (self._gap(net, s, real, data, c, g) for c in range(data.n_classes))
+
+    def _look(self, s, data, g):
+        "The network of this iteration, for normalised images."
+        draw = int(torch.randint(2**62, (), generator=g))
+        return s.prepared[draw % self.extractors].model if self.extractor else self.net(data, subseed(draw)).model.to(s.device).train()
+
+    def _gap(self, net, s, real, data, c, g):
+        augment = Siamese(self.augment, data.name, g)           # shared by the real and the synthetic batch
+        with torch.no_grad(): goal = sum(net.embed(part).float().sum(0) for part in self.parts(augment(real(c, self.batch_real, g)), net)) / self.batch_real
+        return (net.embed(augment(s.u[s.rows[c]])).float().mean(0) - goal).square().sum()

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['EPILOG', 'app', 'LISTS', 'PUBLISHED', 'parse_settings', 'list_', 'compress', 'show', 'score', 'reproduce', 'main']
 
-# %% ../../nbs/reproduce/55_cli.ipynb #cceb3a70
-import os, sys, time, warnings
+# %% ../../nbs/reproduce/55_cli.ipynb #146b8367
+import json, os, sys, time, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Optional
 import typer
-from ..core import RddError, check, lookup, with_settings
+from ..core import RddError, check, describe, lookup, with_settings
 
-# %% ../../nbs/reproduce/55_cli.ipynb #dac46b29
-EPILOG = {"compress": ["rdd compress mcs mnist5k --ipc 50 -o mcs.safetensors", "rdd compress mcs mnist --budget joint -k 50 --time-limit 600", "rdd compress dm cifar10 --ipc 10 --set iterations=5000 --set net.name=convnet -o dm.safetensors"],
+# %% ../../nbs/reproduce/55_cli.ipynb #dd0d7342
+EPILOG = {"compress": ["rdd compress mcs mnist5k --ipc 50 -o mcs.safetensors", "rdd compress mcs mnist --budget joint -k 50 --time-limit 600", "rdd compress dm cifar10 --ipc 10 --set iterations=5000 --set net.name=convnet -o dm.safetensors", "rdd compress guard cifar10 --ipc 10 --plan", "rdd compress dc mnist5k --ipc 1 --set iterations=100 --film dc.png"],
           "score": ["rdd score mcs.safetensors --train adversarial --attack paper", "rdd score mcs.safetensors --net resnet18 --set epochs=20 --threat linf:.05 --seeds 5",
                     "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o images.parquet", "rdd score mcs.safetensors --net mlp --train certified --certify",
                     "rdd score res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --stats dc --net convnet"],
@@ -76,7 +76,7 @@ def list_(what: str = typer.Argument("all", help="data, methods, models, objecti
         title, rows = lookup(name, LISTS, "list")
         _table(title, rows())
 
-# %% ../../nbs/reproduce/55_cli.ipynb #8899600a
+# %% ../../nbs/reproduce/55_cli.ipynb #b5163b4f
 @app.command(epilog=_examples("compress"))
 def compress(method: str = typer.Argument(help="a method, see `rdd list methods`"),
              data: str = typer.Argument(help="a data set, see `rdd list data`"),
@@ -89,22 +89,30 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
              gap: Optional[float] = typer.Option(None, help="for mcs: stop when the bound is this near, as a part of the radius"),
              seed: int = typer.Option(0, help="of every draw"),
              device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N"),
-             set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the method: name=value", show_default=False)):
-    "Compress a data set into one file."
+             film: Optional[Path] = typer.Option(None, help="for distillers: a picture of the images at the start, after 1, 2, 4, ... iterations, and at the end", show_default=False),
+             plan: bool = typer.Option(False, "--plan", help="print the settings that would be used, and stop"),
+             set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the method, instead of its paper's: name=value", show_default=False)):
+    "Compress a data set into one file, as the method's paper does for this data set and budget."
     from rdd_lib.compressed import find_method, save
     from rdd_lib.core import require_writable
-    from rdd_lib.data import load
+    from rdd_lib.data import DATASETS, load
     from rdd_lib.distill.synthetic import Distiller
     short = {name: value for name, value in (("budget", budget), ("time_limit", time_limit), ("gap", gap)) if value is not None}
-    compressor = with_settings(find_method(method).make(), **short, **parse_settings(set_))
+    lookup(data, DATASETS, "data set")
+    compressor = find_method(method).build(data, ipc or k, **short, **parse_settings(set_))
+    if plan: return typer.echo(json.dumps(describe(compressor), indent=1))
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     images = load(data)
     compressor.counts(images, ipc, total)
     out = out or Path(f"{method}-{data}-{'ipc' if ipc else budget or 'total'}{ipc or total}.safetensors")
     require_writable(out)                                                     # said now, not after an hour
+    if film: require_writable(film)
+    check(not film or isinstance(compressor, Distiller), f"--film is for methods that change images, {method} picks some")
     run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if isinstance(compressor, Distiller) else {}
+    if film: run["snapshots"] = {}
     made = compressor.compress(images, ipc=ipc, total=total, seed=seed, device=device, **run)
     save(made, out)
+    if film: _show_film(run["snapshots"], made, film)
     typer.echo(made.summary())
     if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images))
     typer.echo(f"written to {out}")
@@ -114,6 +122,13 @@ def _number(k, ipc, total, budget):
     if k is None: return ipc, total
     check(ipc is None and total is None, f"give one of --ipc, --total and -k, got --ipc {ipc}, --total {total}, -k {k}")
     return (k, None) if budget == "per_class" else (None, k)
+
+def _show_film(pictures, made, path):
+    "A row for each moment, the first image of each of up to twenty classes in it."
+    import torch
+    from rdd_lib.data import show_images
+    first = torch.stack([rows[0] for rows in made.per_class[:20]])
+    show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first)).savefig(path)
 
 def _verified(made, images):
     from rdd_lib.coresets.covering import verify_coreset

@@ -6,7 +6,7 @@
 __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', 'score', 'Plan', 'Row', 'mcs_rows', 'chosen_rows',
            'paper_threat', 'mcs_cells']
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #ba20f125
+# %% ../../nbs/reproduce/54_protocol.ipynb #ecf63738
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
@@ -20,6 +20,7 @@ from ..coresets.signals import Proxy
 from ..coresets.submodular import Craig, Submodular
 from ..data import ImageSet, load, sample
 from ..distill.distribution import DistributionMatching
+from ..distill.synthetic import Distiller
 from ..models import STATS, Net
 from ..robust.attacks import PGD
 from ..robust.autoattack import ATTACKS, attack_of
@@ -43,7 +44,7 @@ class Protocol:
         for name in ("train_steps", "n_test"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #1dd833c4
+# %% ../../nbs/reproduce/54_protocol.ipynb #f25e4de1
 @lru_cache(maxsize=4)
 def dataset(name: str, split: str) -> ImageSet:
     "`load`, remembered."
@@ -63,7 +64,8 @@ def compressed(data_name: str,
     if path.exists():
         try: return load_compressed(path)
         except OSError: path.unlink()
-    made = method.compress(data, ipc=ipc, seed=seed, device=device)
+    run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if isinstance(method, Distiller) else {}     # a killed run goes on where it was
+    made = method.compress(data, ipc=ipc, seed=seed, device=device, **run)
     save(made, path)
     return made
 

@@ -56,7 +56,7 @@ def _authors_imagenet(far, x_far, near, g, w): return weighted_mean(far - near, 
 VARIANTS = {"paper": _paper, "authors_cifar": _authors_cifar, "authors_imagenet": _authors_imagenet}
 DIRECTIONS = {"gradient": unit, "sign": lambda g: unit(g.sign())}
 
-# %% ../../nbs/robust/33c_curvature.ipynb #4a09a52b
+# %% ../../nbs/robust/33c_curvature.ipynb #d6c88f53
 @dataclass(frozen=True)
 class Curvature:
     "l(x) + lam ||grad l(x + hz) - grad l(x)||^2, z the input gradient scaled to length 1: GUARD's l_R (Xue et al. 2025, eq. 8)."
@@ -72,6 +72,9 @@ class Curvature:
         lookup(self.variant, VARIANTS, "variant of the curvature penalty")
         lookup(self.direction, DIRECTIONS, "direction of the probe")
         check_search_mode(self.search_mode)
+
+    @property
+    def per_image(self): return self.variant == "paper"        # the authors' two look at the batch as a whole
 
     @torch.enable_grad()
     def __call__(self, model: nn.Module,

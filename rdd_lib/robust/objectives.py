@@ -23,10 +23,12 @@ def weighted_mean(losses: Tensor,       # (B,)
     "The batch's share of the weighted mean over the set."
     return losses.mean() if w is None else (losses * w).mean()
 
-# %% ../../nbs/robust/33_objectives.ipynb #b5fc0f21
+# %% ../../nbs/robust/33_objectives.ipynb #55e04837
 @dataclass(frozen=True)
 class Standard:
     "Cross-entropy: the standard loss L^std of the MCS paper, section 5."
+    per_image = True               # a batch's loss is the mean of its images' own: it may be computed in parts
+
     def __call__(self, model: nn.Module,
                  x: Tensor,                # (B, C, H, W) in [0, 1]
                  y: Tensor,                # (B,) labels, or (B, K) class probabilities
@@ -49,7 +51,7 @@ def searching(model, mode: str):
     "A context in which `model` is in eval mode (`mode` 'eval'), or stays as it is ('train'); each module gets its flag back."
     return eval_mode(model) if mode == "eval" else contextlib.nullcontext(model)
 
-# %% ../../nbs/robust/33_objectives.ipynb #be8f28ac
+# %% ../../nbs/robust/33_objectives.ipynb #b2ba0bd6
 @dataclass(frozen=True)
 class Adversarial:
     "min over theta of the mean of max over the ball: adversarial training (Madry et al. 2018; MCS paper, L^adv)."
@@ -59,6 +61,9 @@ class Adversarial:
 
     def __post_init__(self):
         check_search_mode(self.search_mode)
+
+    @property
+    def per_image(self): return getattr(self.inner, "per_image", False)
 
     def __call__(self, model, x, y, w=None, generator=None):
         with searching(model, self.search_mode): x_adv = self.attack(model, x, hard(y), generator)

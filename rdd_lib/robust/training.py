@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'batches', 'Trainer', 'targets', 'predict', 'objective_of']
 
-# %% ../../nbs/robust/34_training.ipynb #133b98b3
+# %% ../../nbs/robust/34_training.ipynb #eab5280f
 import contextlib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor, nn
 from ..core import check, check_whole, device_of, generator, keep_heap, lookup, progress, subseed, with_settings
+from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net
 from .attacks import PGD
@@ -39,7 +40,7 @@ def _cosine(t): return .5 * (1 + torch.cos(torch.tensor(t * torch.pi)).item())
 
 SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "step": _step}   # "step": x .1 at half, as DC, DSA and DM evaluate
 
-# %% ../../nbs/robust/34_training.ipynb #415854f5
+# %% ../../nbs/robust/34_training.ipynb #228e0f4a
 @dataclass(frozen=True)
 class Trainer:
     "SGD on an objective: `Trainer(...)(net, data, seed)` gives a trained model in eval mode."
@@ -55,12 +56,15 @@ class Trainer:
     weighted: bool = True          # use the set's weights (q of Definition 5), where it has any
     precision: str = "float32"     # or "bf16": mixed precision, for GPUs
     channels_last: bool = False    # memory layout: faster on many GPUs
+    augment: str = ""              # strategy of the differentiable augmentation, drawn image by image; "" for none
+    follow: bool = True            # let a set's own `schedule` (learned rates, fixed batches) replace these settings
 
     def __post_init__(self):
         for name in ("epochs", "batch") + (("steps",) if self.steps is not None else ()):
             check_whole(name, getattr(self, name))
         check(self.lr > 0, f"lr must be > 0, got {self.lr}")
         check(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        for name in filter(None, self.augment.split("_")): lookup(name, OPERATIONS, "augmentation")
         check(self.precision in ("float32", "bf16"), f"precision must be 'float32' or 'bf16', got {self.precision!r}")
 
     def __call__(self, net: Net,             # what to train: built for `data`, with `seed`
@@ -69,29 +73,41 @@ class Trainer:
                  device: str = "auto",
                  log: list | None = None,    # where given, the loss of every step is appended
                  watch=None,                 # where given, called in every step with the batch's indices and the model's last logits for it
+                 each=None,                  # where given, called after every step as each(step, model); the first step is 1
                 ) -> nn.Module:
         "Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number."
-        device = device_of(device)
+        device, self = device_of(device), self.following(data)
         keep_heap()
         layout = {"memory_format": torch.channels_last} if self.channels_last else {}
         model = net(data, subseed(seed, "init")).to(device, **layout).train()
         x, y, w = data.x.to(device), targets(data).to(device), self._weights(data, device)       # x may be bytes: a quarter of the memory
-        order, draws = generator(seed, "order"), generator(seed, "attack", device=device)
-        total = self.steps or self.epochs * -(-len(data) // self.batch)
+        order, draws, changes = generator(seed, "order"), generator(seed, "attack", device=device), generator(seed, "augment")
+        rule, scale = self._rule(data), Scale(data, device)
+        total = len(rule["batches"]) if "batches" in rule else self.steps or self.epochs * -(-len(data) // self.batch)
         opt = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
         last = {}                                           # before the step that they lead to
         hook = model.register_forward_hook(lambda module, inputs, logits: last.update(logits=logits.detach())) if watch else None
         objective, replays = session_of(self.objective), getattr(self.objective, "replays", 1)
-        for step, i in zip(progress(range(total), desc="training"), batches(len(data), self.batch, order, replays)):
-            i = i.to(device)
-            opt.param_groups[0]["lr"] = self.lr * SCHEDULES[self.schedule](step / total)
-            with self._autocast(device): loss = objective(model, pixels(x[i]).to(**layout), y[i], None if w is None else w[i], draws)
+        for step, i in zip(progress(range(total), desc="training"), rule.get("batches") or batches(len(data), self.batch, order, replays)):
+            i = torch.as_tensor(i, device=device)
+            opt.param_groups[0]["lr"] = rule["lrs"][step] if "lrs" in rule else self.lr * SCHEDULES[self.schedule](step / total)
+            batch = pixels(x[i])
+            if self.augment: batch = scale.raw(Siamese(self.augment, data.name, changes, len(i))(scale.normalise(batch)))
+            with self._autocast(device): loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
             if watch: watch(i, last["logits"])
+            if each: each(step + 1, model)
         if hook: hook.remove()
         check(bool(torch.isfinite(loss)), f"training diverged: the loss is {loss.item()} after {total} steps with lr={self.lr}; try a smaller lr")
         return model.eval()
+
+    def _rule(self, data): return (getattr(data, "schedule", None) or {}) if self.follow else {}
+
+    def following(self, data: ImageSet) -> "Trainer":
+        "These settings, with what the set's own schedule says in their place."
+        own = {f.name for f in fields(self)} - {"objective", "schedule"}
+        return replace(self, **{k: v for k, v in self._rule(data).items() if k in own})
 
     def _weights(self, data, device):
         "Weights of mean 1, or None."

@@ -1,0 +1,173 @@
+"""The distillers' shared loop, DM and DC: against plain loops written out here, across interruptions, on networks that look at a batch as a whole."""
+import pytest
+import torch
+import torch.nn.functional as F
+from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
+from rdd_lib.compressed import find_method, load_compressed, save
+from rdd_lib.core import BadArgument, generator, subseed
+from rdd_lib.data import load
+from rdd_lib.distill.distribution import DistributionMatching
+from rdd_lib.distill.gradient import GradientMatching, distance
+from rdd_lib.distill.synthetic import RealBatches, State, first_images
+from rdd_lib.models import Net
+from rdd_lib.robust.objectives import Standard
+from rdd_lib.robust.training import Trainer
+
+NARROW = Net("convnet", dict(width=6))
+SMALL = dict(batch_real=20, net=NARROW)
+
+
+@pytest.fixture(scope="module")
+def digits(): return load("mnist5k")
+
+
+def plain_dc(method, data, seed, ipc):
+    "One iteration of DC, written out: loop over classes, all at once, `backward`, torch's SGD on the images."
+    scale = Scale(data)
+    u, y = first_images(data, [ipc] * 10, method.init, scale, seed)
+    real, g = RealBatches(data, scale), generator(seed, "iteration", 0)
+    net = method.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).train()
+    u.requires_grad_()
+    opt, inner = torch.optim.SGD([u], method.lr, momentum=method.momentum), torch.optim.SGD(net.parameters(), method.lr_net)
+    for o in range(method.outer):
+        if o:
+            for _ in range(method.inner):
+                torch.randperm(len(u), generator=g), Siamese("", data.name, g, len(u))
+                inner.zero_grad(); F.cross_entropy(net.model(u.detach()), y).backward(); inner.step()
+        loss = 0.
+        for c in range(10):
+            Siamese("", data.name, g)
+            x = real(c, method.batch_real, g)
+            torch.randint(2**62, (), generator=g)
+            goal = torch.autograd.grad(F.cross_entropy(net.model(x), torch.full((len(x),), c)), [*net.parameters()])
+            own = torch.autograd.grad(F.cross_entropy(net.model(u[y == c]), y[y == c]), [*net.parameters()], create_graph=True)
+            for a, b in zip(own, goal):
+                if a.dim() == 1: continue
+                a, b = a.flatten(1), b.detach().flatten(1)
+                loss = loss + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
+        opt.zero_grad(); loss.backward(); opt.step()
+        with torch.no_grad(): u.copy_(scale.normalise(scale.pixels(u)))
+    return scale.pixels(u.detach())
+
+
+@pytest.mark.parametrize("ipc, outer, inner", [(1, 1, 1), (2, 3, 2)])
+def test_dc_is_the_published_loop(digits, ipc, outer, inner):
+    "The order of labels within the plain inner training does not matter to a full batch."
+    method = GradientMatching(iterations=1, outer=outer, inner=inner, **SMALL)
+    made = method.compress(digits, ipc=ipc, seed=3, device="cpu")
+    assert (made.x - plain_dc(method, digits, 3, ipc)).abs().max() < 2e-4
+
+
+def test_dm_is_the_published_loss(digits):
+    method = DistributionMatching(iterations=1, lr=.5, augment="", **SMALL)
+    scale = Scale(digits)
+    u, y = first_images(digits, [2] * 10, "real", scale, 1)
+    g, real = generator(1, "iteration", 0), RealBatches(digits, scale)
+    net = NARROW(digits, subseed(int(torch.randint(2**62, (), generator=g)))).model
+    u.requires_grad_()
+    loss = 0.
+    for c in range(10):
+        Siamese("", digits.name, g)
+        loss = loss + (net.embed(real(c, 20, g)).mean(0) - net.embed(u[y == c]).mean(0)).square().sum()
+    plain = scale.pixels((u - .5 * torch.autograd.grad(loss, u)[0]).detach())
+    assert (method.compress(digits, ipc=2, seed=1, device="cpu").x - plain).abs().max() < 1e-4
+
+
+class Unplugged(list):
+    "A log that pulls the plug after `n` steps."
+    def __init__(self, n): super().__init__(); self.n = n
+    def append(self, v):
+        super().append(v)
+        if len(self) == self.n: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", [GradientMatching(iterations=4, outer=3, inner=2, augment=DSA, lr_label=.1, **SMALL), DistributionMatching(iterations=9, **SMALL)])
+def test_an_interrupted_run_ends_in_the_same_bytes(digits, method, tmp_path):
+    path, log, film, whole_log, whole_film = tmp_path / "run", [], {}, [], {}
+    whole = method.compress(digits, ipc=2, device="cpu", log=whole_log, snapshots=whole_film)
+    with pytest.raises(KeyboardInterrupt): method.compress(digits, ipc=2, device="cpu", checkpoint=path, every=1, log=Unplugged(8), snapshots={})
+    resumed = method.compress(digits, ipc=2, device="cpu", checkpoint=path, every=1, log=log, snapshots=film)
+    assert torch.equal(resumed.x, whole.x) and log == whole_log and [*film] == [*whole_film] and all(torch.equal(film[i], whole_film[i]) for i in film)
+    assert (whole.soft_labels is None) == (not method.lr_label) and (whole.soft_labels is None or torch.equal(whole.soft_labels, resumed.soft_labels))
+
+
+def test_another_run_refuses_the_checkpoint(digits, tmp_path):
+    path, method = tmp_path / "run", GradientMatching(iterations=4, **SMALL)
+    with pytest.raises(KeyboardInterrupt): method.compress(digits, ipc=1, device="cpu", checkpoint=path, every=1, log=Unplugged(3))
+    before = path.read_bytes()
+    for other, seed in ((GradientMatching(iterations=4, lr=.2, **SMALL), 0), (method, 1)):
+        with pytest.raises(BadArgument, match="belongs to a run with other"): other.compress(digits, ipc=1, seed=seed, device="cpu", checkpoint=path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("norm, parts", [("instance", 3), ("batch", 1), ("none", 3)])
+def test_a_network_that_looks_at_the_batch_gets_it_whole(digits, norm, parts):
+    method = GradientMatching(batch_real=40, net=Net("convnet", dict(width=4, norm=norm)))
+    seen = []
+    net = method.net(digits).train()
+    net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    x = digits.images()[:40]
+    method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x, 0, generator(0))
+    assert len(seen) == parts and sum(seen) == 40
+
+
+def test_an_objective_of_the_whole_batch_gets_it_whole(digits):
+    class Whole:
+        def __call__(self, model, x, y, w=None, generator=None): seen.append(len(x)); return Standard()(model, x, y)
+    seen, method = [], GradientMatching(real_objective=Whole(), **SMALL)
+    net = method.net(digits).train()
+    method._real_gradient(net, [*net.parameters()][:1], digits.images()[:20], 0, generator(0))
+    assert seen == [20]
+
+
+def test_parts_of_a_gradient_add_up(digits):
+    x = digits.images()[:50]
+    gradients = []
+    for chunk in (50, 16):
+        method = GradientMatching(chunk=chunk, **SMALL)
+        net = method.net(digits).double().train()
+        gradients.append(method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x.double(), 3, generator(0)))
+    for a, b in zip(*gradients): assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_dead_rows_make_no_nan():
+    a = torch.zeros(3, 2, requires_grad=True)
+    loss = distance([a], [torch.zeros(3, 2)])
+    assert loss == 3 and torch.autograd.grad(loss, a)[0].isfinite().all()
+
+
+def test_presets_and_overrides():
+    dsa, dc, dm = find_method("dsa").build("cifar10", 10), find_method("dc").build("cifar10", 10), find_method("dm").build("cifar10", 100)
+    assert (dsa.augment, dsa.init, dc.augment, dc.init, dm.lr) == (DSA, "real", "", "noise", 10.)
+    changed = find_method("dsa").build("cifar10", 10, lr=".3", **{"net.settings.width": "32"})
+    assert changed.lr == .3 and changed.net.settings == {"width": 32} and changed.augment == DSA
+
+
+def test_an_extractor_is_trained_on_the_real_set(digits):
+    plain, trained = (DistributionMatching(iterations=2, extractor=e, extractors=2, **SMALL).compress(digits, ipc=1, device="cpu") for e in (None, Trainer(steps=3)))
+    assert not torch.equal(plain.x, trained.x)
+
+
+def test_a_saved_set_is_where_the_next_begins(digits, tmp_path):
+    first = GradientMatching(iterations=1, **SMALL).compress(digits, ipc=2, device="cpu")
+    path = save(first, tmp_path / "first.safetensors")
+    a, b = (DistributionMatching(iterations=2, init=i, **SMALL).compress(digits, ipc=1, device="cpu") for i in (first, str(path)))
+    assert torch.equal(a.x, b.x) and a.provenance["start"]["fingerprint"] == first.fingerprint
+    assert load_compressed(save(a, tmp_path / "a.safetensors")).provenance["start"] == a.provenance["start"]
+    with pytest.raises(BadArgument, match="init has 2 images of class 0, 3 are asked for"): GradientMatching(init=first, **SMALL).compress(digits, ipc=3)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_augmentation_of_one_image_is_that_of_the_batch(name):
+    "Colour images, a draw for each: the same as image by image, and the gradient flows."
+    u = torch.randn(5, 3, 32, 32, generator=generator(0)).requires_grad_()
+    r = torch.rand(3, 5, generator=generator(1))
+    whole = OPERATIONS[name](u, r)
+    assert whole.shape == u.shape
+    for i in range(5): assert torch.allclose(whole[i], OPERATIONS[name](u[i:i + 1], r[:, i:i + 1])[0], atol=1e-5)
+    assert torch.autograd.grad(whole.square().sum(), u)[0].abs().sum() > 0
+
+
+def test_labels_keep_their_classes(digits):
+    s = State(*first_images(digits, [2, 1] + [0] * 7 + [3], "noise", Scale(digits), 0), Scale(digits), 10)
+    assert [s.y[rows].tolist() for rows in s.rows] == [[0, 0], [1]] + [[]] * 7 + [[9, 9, 9]]
