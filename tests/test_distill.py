@@ -6,6 +6,7 @@ from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
 from rdd_lib.compressed import find_method, load_compressed, save
 from rdd_lib.core import BadArgument, generator, subseed
 from rdd_lib.data import load
+from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of
 from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.gradient import GradientMatching, distance
 from rdd_lib.distill.synthetic import RealBatches, State, first_images
@@ -81,7 +82,9 @@ class Unplugged(list):
         if len(self) == self.n: raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", [GradientMatching(iterations=4, outer=3, inner=2, augment=DSA, lr_label=.1, **SMALL), DistributionMatching(iterations=9, **SMALL)])
+DD = BackpropThroughTraining(iterations=9, epochs=2, batch_real=50, halve_every=3, lr_label=.1, net=NARROW)
+
+@pytest.mark.parametrize("method", [GradientMatching(iterations=4, outer=3, inner=2, augment=DSA, lr_label=.1, **SMALL), DistributionMatching(iterations=9, **SMALL), DD])
 def test_an_interrupted_run_ends_in_the_same_bytes(digits, method, tmp_path):
     path, log, film, whole_log, whole_film = tmp_path / "run", [], {}, [], {}
     whole = method.compress(digits, ipc=2, device="cpu", log=whole_log, snapshots=whole_film)
@@ -171,3 +174,40 @@ def test_an_augmentation_of_one_image_is_that_of_the_batch(name):
 def test_labels_keep_their_classes(digits):
     s = State(*first_images(digits, [2, 1] + [0] * 7 + [3], "noise", Scale(digits), 0), Scale(digits), 10)
     assert [s.y[rows].tolist() for rows in s.rows] == [[0, 0], [1]] + [[]] * 7 + [[9, 9, 9]]
+
+
+def plain_dd(method, data, seed, ipc):
+    "DD written out: the walk in one graph on the network's own parameters, torch's Adam."
+    scale = Scale(data)
+    u, y = first_images(data, [ipc] * 10, "noise", scale, seed)
+    raw = torch.full((ipc * method.epochs,), method.first_rate).expm1().log()
+    u.requires_grad_(), raw.requires_grad_()
+    opt, real = torch.optim.Adam([u, raw], method.lr, betas=(.5, .999)), RealBatches(data, scale)
+    for it in range(method.iterations):
+        for group in opt.param_groups: group["lr"] = method.lr * .5 ** (it // method.halve_every)
+        g = generator(seed, "iteration", it)
+        x, labels = real.mixed(method.batch_real, g)
+        net = method.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).model
+        names, weights = zip(*net.named_parameters())
+        run = lambda w, v: torch.func.functional_call(net, dict(zip(names, w)), v)
+        for t in range(len(raw)):
+            batch = [c * ipc + t % ipc for c in range(10)]
+            grads = torch.autograd.grad(F.cross_entropy(run(weights, u[batch]), y[batch]), weights, create_graph=True)
+            weights = [w - F.softplus(raw)[t] * d for w, d in zip(weights, grads)]
+        opt.zero_grad(); F.cross_entropy(run(weights, x), labels).backward(); opt.step()
+        with torch.no_grad(): u.copy_(scale.normalise(scale.pixels(u)))
+    return scale.pixels(u.detach()), F.softplus(raw.detach())
+
+
+def test_dd_is_the_published_loop(digits):
+    method = BackpropThroughTraining(iterations=3, epochs=2, batch_real=50, halve_every=2, first_rate=.1, net=NARROW)
+    made, (x, rates) = method.compress(digits, ipc=2, seed=5, device="cpu"), plain_dd(method, digits, 5, 2)
+    assert (made.x - x).abs().max() < 1e-3 and torch.allclose(torch.tensor(made.schedule["lrs"]), rates, atol=1e-4)
+
+
+def test_a_student_follows_the_walk_from_the_file(digits, tmp_path):
+    made = load_compressed(save(DD.compress(digits, ipc=2, device="cpu"), tmp_path / "dd.safetensors"))
+    assert [len(b) for b in made.schedule["batches"]] == [10] * 4 == [len(i) for i in walk_of(made.y, 2)]
+    seen = []
+    Trainer(steps=7)(NARROW, made, 0, "cpu", watch=lambda i, logits: seen.append(i.tolist()))
+    assert seen == made.schedule["batches"]

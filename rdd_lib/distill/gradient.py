@@ -91,7 +91,7 @@ class GradientMatching(ClassMatching):
                 F.cross_entropy(net.model(batch), target[i]).backward()
                 opt.step()
 
-# %% ../../nbs/distill/42_gradient.ipynb #700685eb
+# %% ../../nbs/distill/42_gradient.ipynb #b512c597
 def _dsa(data, ipc): return {"augment": DSA, "init": "real"}
 
-method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=_dsa)(GradientMatching)
+method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=_dsa)(GradientMatching);

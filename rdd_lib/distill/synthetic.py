@@ -48,16 +48,21 @@ def start_of(init):
     "`init`, read from its file if it names one."
     return load_compressed(init) if isinstance(init, (str, Path)) and init not in ("real", "noise") and Path(init).suffix else init
 
-# %% ../../nbs/distill/40_synthetic.ipynb #b88bd716
+# %% ../../nbs/distill/40_synthetic.ipynb #10ed081e
 class RealBatches:
-    "Random batches of one class at a time, normalised, on the device."
+    "Random batches, of one class or of all, normalised, on the device."
     def __init__(self, data: ImageSet, scale: Scale):
         self.device = scale.mean.device
-        self.x, self.scale, self.rows = data.x.to(self.device), scale, data.per_class
+        self.x, self.y, self.scale, self.rows = data.x.to(self.device), data.y.to(self.device), scale, data.per_class
 
     def __call__(self, c: int, size: int, g: torch.Generator) -> Tensor:
         rows = self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[:size]].to(self.device)
         return self.scale.normalise(pixels(self.x[rows]))
+
+    def mixed(self, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        "Images of any class, and their labels."
+        i = torch.randperm(len(self.x), generator=g)[:size].to(self.device)
+        return self.scale.normalise(pixels(self.x[i])), self.y[i]
 
 # %% ../../nbs/distill/40_synthetic.ipynb #e6db3004
 class State:
@@ -81,7 +86,7 @@ class State:
     @property
     def device(self): return self.u.device
 
-# %% ../../nbs/distill/40_synthetic.ipynb #39bec871
+# %% ../../nbs/distill/40_synthetic.ipynb #0f3248ee
 @dataclass(frozen=True)
 class Distiller(Compressor):
     "A method that optimises images. Subclasses say what they minimise in `steps`; this is the rest."
@@ -113,6 +118,7 @@ class Distiller(Compressor):
     def fits(self, data: ImageSet, counts: list[int]) -> None: "Raise `BadArgument` where `data` cannot be distilled with these settings."
     def more_leaves(self, data, counts, device) -> dict[str, Tensor]: return {}
     def rates(self) -> dict[str, float]: return {"u": self.lr, "labels": self.lr_label}
+    def decay(self, it: int) -> float: return 1.      # what the rates are multiplied with in iteration `it`
     def optimiser(self, s: State, groups): return torch.optim.SGD(groups, momentum=self.momentum)
     def prepare(self, s: State, data, seed, device): "What `steps` finds as `s.prepared`: networks that are trained once, say."
     def finish(self, s: State) -> dict: return {}     # further fields of the `Compressed`
@@ -144,6 +150,7 @@ class Distiller(Compressor):
         bar = progress(range(done, self.iterations), total=self.iterations, initial=done, desc=type(self).__name__)
         story.look(s, done, self.iterations)
         for it in bar:
+            for group, rate in zip(opt.param_groups, map(self.rates().get, s.leaves)): group["lr"] = rate * self.decay(it)
             with self._autocast(s.device):
                 for losses in self.steps(s, real, data, generator(seed, "iteration", it)):
                     loss = self._descend(s, opt, losses)
