@@ -74,7 +74,7 @@ def _flip(u, r): return torch.where(_wide(r)[0] < .5, u.flip(-1), u)
 
 OPERATIONS = {"color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate}
 
-# %% ../nbs/05_augmentation.ipynb #e364ffff
+# %% ../nbs/05_augmentation.ipynb #dc57bd0c
 DSA = "color_crop_cutout_flip_scale_rotate"                        # the published strategy
 NOT_FLIPPED = ("mnist", "mnist5k", "svhn")                         # a mirrored 2 is no 2
 
@@ -90,4 +90,8 @@ class Siamese:
         self.strength = torch.rand(3, images or 1, generator=g)
         self.op = OPERATIONS[names[int(torch.randint(len(names), (), generator=g))]] if names else None
 
-    def __call__(self, u: Tensor) -> Tensor: return u if self.op is None else self.op(u, self.strength.to(u.device))
+    def __call__(self, u: Tensor,
+                 rows=None,          # which of the drawn images these are, where each has its own strength; None: all
+                ) -> Tensor:
+        own = self.strength if rows is None or self.strength.shape[1] == 1 else self.strength[:, rows]
+        return u if self.op is None else self.op(u, own.to(u.device))

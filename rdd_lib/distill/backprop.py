@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST_RATE', 'walk_of', 'BackpropThroughTraining']
 
-# %% ../../nbs/distill/46_backprop.ipynb #8abe5367
+# %% ../../nbs/distill/46_backprop.ipynb #77437a46
 from dataclasses import dataclass
 import math
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..compressed import method
 from ..core import check, check_whole, lookup, subseed
 from .synthetic import Distiller
-from .unrolled import UNROLLED, flatten, functional, unroll
+from .unrolled import UNROLLED, flatten, functional, share_of_loss, summed, unroll
 
 # %% ../../nbs/distill/46_backprop.ipynb #bb88e40f
 def walk_of(y: Tensor,       # (M,) labels, class after class
@@ -24,7 +24,7 @@ def walk_of(y: Tensor,       # (M,) labels, class after class
     rank = torch.cat([torch.arange(n) for n in torch.bincount(y.cpu()).tolist()])
     return [torch.nonzero(rank == b).flatten() for b in range(int(rank.max()) + 1)] * epochs
 
-# %% ../../nbs/distill/46_backprop.ipynb #d9c95188
+# %% ../../nbs/distill/46_backprop.ipynb #67c3f6e5
 FIRST_RATE = {"cifar10": .001, "cifar100": .001}         # elsewhere .02
 
 def _published(data, ipc): return {"first_rate": FIRST_RATE.get(data, .02)}
@@ -68,9 +68,13 @@ class BackpropThroughTraining(Distiller):
         "The loss on real images after the walk of a fresh network."
         net = self.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).model.to(s.device).train()
         run, batches = functional(net), [i.to(s.device) for i in walk_of(s.y, self.epochs)]
-        def loss(theta, t, u, goal): return F.cross_entropy(run(theta, u[batches[t]]).float(), goal[batches[t]])
+        size = lambda n: self.at_once(n, net, s.device, on_cpu=50)
+
+        def loss(theta, t, u, goal):
+            for i in batches[t].split(size(len(batches[t]))): yield share_of_loss(run(theta, u[i]), goal[i], len(batches[t]))
+
         end = unroll(loss, flatten(net), F.softplus(s.leaves["lrs"]), (s.u, s.target), self.gradient)
-        return F.cross_entropy(run(end, x).float(), y)
+        return summed(lambda theta: (share_of_loss(run(theta, x[i]), y[i], len(x)) for i in torch.arange(len(x), device=s.device).split(size(len(x)))), end)
 
     def finish(self, s):
         batches, lrs = [i.tolist() for i in walk_of(s.y, self.epochs)], F.softplus(s.leaves["lrs"]).tolist()

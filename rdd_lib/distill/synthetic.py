@@ -86,7 +86,7 @@ class State:
     @property
     def device(self): return self.u.device
 
-# %% ../../nbs/distill/40_synthetic.ipynb #0f3248ee
+# %% ../../nbs/distill/40_synthetic.ipynb #93759ded
 @dataclass(frozen=True)
 class Distiller(Compressor):
     "A method that optimises images. Subclasses say what they minimise in `steps`; this is the rest."
@@ -98,6 +98,7 @@ class Distiller(Compressor):
     net: Net = Net()            # the network that looks at the images
     lr_label: float = 0.        # of the labels, as logits; 0: they stay as they are
     precision: str = "float32"  # or "bf16": mixed precision, for GPUs
+    chunk: int | None = None    # images that pass the network at once, where it makes no difference; None: as suits the device
 
     def __post_init__(self):
         check_whole("iterations", self.iterations)
@@ -105,6 +106,7 @@ class Distiller(Compressor):
         check(self.lr_label >= 0, f"lr_label must be >= 0, got {self.lr_label}")
         check(self.precision in ("float32", "bf16"), f"precision must be 'float32' or 'bf16', got {self.precision!r}")
         for name in filter(None, self.augment.split("_")): lookup(name, OPERATIONS, "augmentation")
+        if self.chunk is not None: check_whole("chunk", self.chunk)
 
     def steps(self, s: State,
               real: "RealBatches",
@@ -174,6 +176,10 @@ class Distiller(Compressor):
     def _autocast(self, device):
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
+    def at_once(self, n: int, net, device, on_cpu: int) -> int:
+        "How many of `n` images pass `net` together: all of them where it looks at the batch as a whole, as batch norm in training does."
+        return n if depends_on_mode(net) else self.chunk or (min(n, on_cpu) if device.type == "cpu" else n)
+
 # %% ../../nbs/distill/40_synthetic.ipynb #e5815578
 class Story:
     "Losses and pictures of a run, in the caller's list and dict where given."
@@ -238,17 +244,15 @@ class _Keeper:
     def remove(self) -> None:
         if self.path: self.path.unlink(missing_ok=True)
 
-# %% ../../nbs/distill/40_synthetic.ipynb #b8ae7fc4
+# %% ../../nbs/distill/40_synthetic.ipynb #c1d11e23
 @dataclass(frozen=True)
 class ClassMatching(Distiller):
     "A distiller that compares each class's synthetic images with a batch of its real ones."
     batch_real: int = 256        # real images of a class in a batch
-    chunk: int | None = None     # of them, how many pass the network at once; None: 16 on a CPU, all on a GPU
 
     def __post_init__(self):
         super().__post_init__()
         check_whole("batch_real", self.batch_real)
-        if self.chunk is not None: check_whole("chunk", self.chunk)
 
     def fits(self, data, counts):
         for c, rows in enumerate(data.per_class):
@@ -256,5 +260,4 @@ class ClassMatching(Distiller):
 
     def parts(self, x: Tensor, net) -> tuple[Tensor, ...]:
         "A real batch, split as far as this network allows."
-        size = self.chunk or (16 if x.device.type == "cpu" else len(x))
-        return (x,) if depends_on_mode(net) else x.split(size)
+        return x.split(self.at_once(len(x), net, x.device, on_cpu=16))

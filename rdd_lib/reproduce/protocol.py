@@ -6,7 +6,7 @@
 __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', 'score', 'Plan', 'Row', 'mcs_rows', 'chosen_rows',
            'paper_threat', 'mcs_cells']
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #ecf63738
+# %% ../../nbs/reproduce/54_protocol.ipynb #f047474b
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
@@ -20,7 +20,10 @@ from ..coresets.signals import Proxy
 from ..coresets.submodular import Craig, Submodular
 from ..data import ImageSet, load, sample
 from ..distill.distribution import DistributionMatching
+from ..distill.experts import Experts
+from ..distill.gradient import GradientMatching
 from ..distill.synthetic import Distiller
+from ..distill.trajectory import TrajectoryMatching, published
 from ..models import STATS, Net
 from ..robust.attacks import PGD
 from ..robust.autoattack import ATTACKS, attack_of
@@ -95,7 +98,7 @@ def score(data: str,                   # name of the data set
         found |= {"rob": rob.rob, "rob_hits": int(rob.survived.sum()), "rob_clean": rob.std, "forward_samples": rob.forward_samples}
     return found
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #3c93c25c
+# %% ../../nbs/reproduce/54_protocol.ipynb #df562e44
 @dataclass(frozen=True)
 class Plan:
     "How much of a paper is run."
@@ -104,18 +107,24 @@ class Plan:
     proxy: Proxy                      # whose signals the coreset methods read
     mcs: MinimalCoreset
     dm: DistributionMatching
+    gm: GradientMatching
+    tm: TrajectoryMatching
     extra_seeds: int                  # students of the rows that the paper does not have
     normalised_seeds: int             # students trained and attacked in the other reading of the paper's epsilon
 
 NARROW = Net("convnet", dict(width=8))
 PLANS = {
     "smoke": Plan(2, Protocol(NARROW, Trainer(steps=120, lr=.05), train_steps=5, n_test=300), Proxy(NARROW, Trainer(epochs=5, lr=.05, nesterov=True, batch=64)),
-                  MinimalCoreset(solver="lp"), DistributionMatching(iterations=200, batch_real=64, net=NARROW), extra_seeds=1, normalised_seeds=1),
+                  MinimalCoreset(solver="lp"), DistributionMatching(iterations=200, batch_real=64, net=NARROW),
+                  GradientMatching(iterations=10, batch_real=32, outer=2, inner=5, net=NARROW),
+                  TrajectoryMatching(iterations=40, lr=300., alpha=.05, student_steps=10, expert_epochs=1, max_start=3, batch_syn=100, net=NARROW, experts=Experts(n=3, batch=64)), extra_seeds=1, normalised_seeds=1),
     "cpu": Plan(3, Protocol(n_test=1000), Proxy(), MinimalCoreset(time_limit=300.),
-                DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))), extra_seeds=1, normalised_seeds=1),
-    "paper": Plan(3, Protocol(), Proxy(), MinimalCoreset(time_limit=3600.), DistributionMatching(), extra_seeds=3, normalised_seeds=3)}
+                DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))),
+                GradientMatching(iterations=20, batch_real=64, outer=5, inner=10, net=Net("convnet", dict(width=32))),
+                TrajectoryMatching(iterations=200, lr=1000., alpha=.01, student_steps=20, max_start=3, batch_syn=100, net=Net("convnet", dict(width=32)), experts=Experts(n=5)), extra_seeds=1, normalised_seeds=1),
+    "paper": Plan(3, Protocol(), Proxy(), MinimalCoreset(time_limit=3600.), DistributionMatching(), GradientMatching(), TrajectoryMatching(**published("cifar10", 50)), extra_seeds=3, normalised_seeds=3)}
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #211b65f5
+# %% ../../nbs/reproduce/54_protocol.ipynb #e606ffca
 @dataclass(frozen=True)
 class Row:
     "A method as a table names it."
@@ -134,7 +143,8 @@ def mcs_rows(profile: str = "smoke") -> list[Row]:
               "Herding": Herding(**reads), "SubMod": Submodular(**reads), "Rand": Random(), "MCS": mcs}
     ours = {"Herding (DeepCore)": HerdingDeepCore(**reads), "Glister (DeepCore)": GlisterDeepCore(**reads),
             "SubMod, facility location": Submodular(function="facility_location", **reads), "k-center": KCenterGreedy()}
-    return [Row("Raw", "full set", None), *(Row(n, "coreset", m, redrawn=n == "Rand") for n, m in papers.items()), Row("DM", "condensation", plan.dm),
+    return [Row("Raw", "full set", None), *(Row(n, "coreset", m, redrawn=n == "Rand") for n, m in papers.items()),
+            *(Row(n, "condensation", m) for n, m in {"DM": plan.dm, "GM": plan.gm, "TM": plan.tm}.items()),
             *(Row(f"{n}, equal weights", "coreset", papers[n], weighted=False, extra=True) for n in ("Craig", "MCS")), *(Row(n, "coreset", m, extra=True) for n, m in ours.items())]
 
 def chosen_rows(profile: str, labels) -> list[Row]:

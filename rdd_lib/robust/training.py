@@ -40,7 +40,7 @@ def _cosine(t): return .5 * (1 + torch.cos(torch.tensor(t * torch.pi)).item())
 
 SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "step": _step}   # "step": x .1 at half, as DC, DSA and DM evaluate
 
-# %% ../../nbs/robust/34_training.ipynb #228e0f4a
+# %% ../../nbs/robust/34_training.ipynb #2472d212
 @dataclass(frozen=True)
 class Trainer:
     "SGD on an objective: `Trainer(...)(net, data, seed)` gives a trained model in eval mode."
@@ -92,7 +92,7 @@ class Trainer:
             i = torch.as_tensor(i, device=device)
             opt.param_groups[0]["lr"] = rule["lrs"][step] if "lrs" in rule else self.lr * SCHEDULES[self.schedule](step / total)
             batch = pixels(x[i])
-            if self.augment: batch = scale.raw(Siamese(self.augment, data.name, changes, len(i))(scale.normalise(batch)))
+            if self.augment: batch = scale.pixels(Siamese(self.augment, data.name, changes, len(i))(scale.normalise(batch)))
             with self._autocast(device): loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
