@@ -26,7 +26,7 @@ def test_help_answers_with_examples(tmp_path):
 def test_list_knows_everything(tmp_path):
     done = rdd("list", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "resnet18", "apgd-ce", "mcs/fig2", "mcs/table1"): assert name in done.stdout
+    for name in ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "(dc)", "(dsa)", "(tm)", "(dd)", "(guard)", "(mat)", "guard_early/table2", "mat/main", "resnet18", "apgd-ce", "mcs/fig2", "mcs/table1"): assert name in done.stdout
 
 
 def test_compress_show_score(tmp_path):
@@ -40,6 +40,29 @@ def test_compress_show_score(tmp_path):
     assert done.returncode == 0 and (tmp_path / "a/mcs.png").stat().st_size > 1000, done.stderr
     done = rdd("score", "a/mcs.safetensors", "--net", "mlp", "--n-test", 50, "--attack", "quick", "--train", "generalized", "--set", "steps=5", cwd=tmp_path)
     assert done.returncode == 0 and "robust" in done.stdout, done.stderr
+
+
+def test_the_plan_is_the_papers_with_changes(tmp_path):
+    import json
+    done = rdd("compress", "mat", "cifar10", "--ipc", 1, "--plan", "--set", "experts.ema=.99", "--set", "experts.objective.attack.steps=5", cwd=tmp_path)
+    assert done.returncode == 0 and not os.listdir(tmp_path), done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["student_steps"], plan["lr"], plan["experts"]["ema"], plan["experts"]["objective"]["attack"]["steps"]) == (50, 100., .99, 5)
+    assert plan["experts"]["objective"]["attack"]["threat"]["eps"] == 8 / 255
+    guard = json.loads(rdd("compress", "guard", "cifar10", "--ipc", 10, "--plan", cwd=tmp_path).stdout)
+    assert guard["is"] == "GradientMatching" and guard["real_objective"]["is"] == "Curvature" and guard["iterations"] == 1000
+
+
+def test_a_loss_that_is_no_number_stops_with_one_sentence(tmp_path):
+    small = ("experts.n=1", "expert_epochs=1", "max_start=1", "student_steps=3", "net.name=mlp", "alpha=1e30")
+    done = rdd("compress", "tm", "mnist5k", "--ipc", 1, *(w for s in small for w in ("--set", s)), "-o", "x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("rdd: the loss is ") and "in iteration 0" in done.stderr and not (tmp_path / "x").exists() and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_film_of_the_images(tmp_path):
+    done = rdd("compress", "dd", "mnist5k", "--ipc", 1, "--set", "iterations=3", "--set", "batch_real=20", "--set", "net.settings.width=4", "--film", "a/film.png", "-o", "x", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "a/film.png").stat().st_size > 1000, done.stderr
+    assert "lrs" in load_compressed(tmp_path / "x").schedule
 
 
 def test_k_means_what_the_budget_means(tmp_path):
@@ -58,7 +81,10 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
     ("compress mcs minst5k --ipc 1 -o x", "did you mean 'mnist5k'"), ("compress mcss mnist5k --ipc 1 -o x", "did you mean 'mcs'"),
     ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"), ("compress random mnist5k -o x", "either ipc"),
     ("compress random mnist5k --ipc 1 -o .", "it is a folder"), ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"),
-    ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"), ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"),
+    ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"), ("compress dc mnist5k --ipc 0 -o x", "ipc must be a whole number >= 1, got 0"),
+    ("compress dc mnist5k --ipc 1 --set batch_real=401 -o x", "batch_real=401 asks for more images than class 0"), ("compress random mnist5k --ipc 1 --film x.png -o x", "--film is for methods"),
+    ("compress guard mnist5k --ipc 1 --set real_objective.lamda=2 -o x", "did you mean 'lam'"), ("compress mat mnist6k --ipc 1 --plan", "did you mean 'mnist5k'"),
+    ("compress tm mnist5k --ipc 1 --set max_start=60 -o x", "experts that have epochs=50"), ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"),
     ("compress mcs mnist5k -k 1 --ipc 1", "give one of"), ("compress mcs mnist5k --budget all -k 1", "'all'"), ("compress random mnist5k --budget joint -k 9", "budget"),
     ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"), ("score broken.safetensors", "not a compressed set"),
     ("reproduce mcs/fig9", "mcs/fig"), ("reproduce mcs/fig1 --profile fast", "smoke"), ("list things", "unknown list 'things'")])

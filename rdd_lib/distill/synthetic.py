@@ -86,7 +86,7 @@ class State:
     @property
     def device(self): return self.u.device
 
-# %% ../../nbs/distill/40_synthetic.ipynb #93759ded
+# %% ../../nbs/distill/40_synthetic.ipynb #ec51b33c
 @dataclass(frozen=True)
 class Distiller(Compressor):
     "A method that optimises images. Subclasses say what they minimise in `steps`; this is the rest."
@@ -102,7 +102,7 @@ class Distiller(Compressor):
 
     def __post_init__(self):
         check_whole("iterations", self.iterations)
-        check(self.lr > 0, f"lr must be > 0, got {self.lr}")
+        check(0 < self.lr < math.inf, f"lr must be > 0, got {self.lr}")
         check(self.lr_label >= 0, f"lr_label must be >= 0, got {self.lr_label}")
         check(self.precision in ("float32", "bf16"), f"precision must be 'float32' or 'bf16', got {self.precision!r}")
         for name in filter(None, self.augment.split("_")): lookup(name, OPERATIONS, "augmentation")

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'gap', 'rounds', 'published', 'TrajectoryMatching']
 
-# %% ../../nbs/distill/45_trajectory.ipynb #bf77a779
+# %% ../../nbs/distill/45_trajectory.ipynb #9115c3d3
 from dataclasses import dataclass
 from math import isfinite
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..augmentation import Siamese
 from ..compressed import method
