@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rdd_lib.compressed import find_method
 from rdd_lib.core import BadArgument, UnknownName, generator
 from rdd_lib.coresets.basic import Random
 from rdd_lib.models import Net
@@ -94,7 +95,9 @@ def test_the_student_gets_the_augmentation_of_its_set():
     from rdd_lib.augmentation import DSA
     from rdd_lib.distill.distribution import DistributionMatching
     dm = DistributionMatching()
-    assert student_trainer(SMALL, dm).augment == DSA and student_trainer(replace(SMALL, augmented=False), dm) == student_trainer(SMALL, Random()) == SMALL.trainer
+    assert student_trainer(SMALL, dm, "mnist").augment == DSA and student_trainer(replace(SMALL, augmented=False), dm, "mnist") == student_trainer(SMALL, Random(), "mnist") == SMALL.trainer
+    dc = find_method("dc").build("mnist", 1)
+    assert student_trainer(SMALL, dc, "mnist5k").augment == "crop_scale_rotate" and student_trainer(SMALL, dc, "cifar10").augment == ""
 
 def test_other_images_are_not_compared():
     a, b = robustness(**CELL), robustness(**CELL | {"protocol": replace(SMALL, n_test=50)})

@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'STRENGTHS', 'KEPT', 'CONDENSERS', 'CONDENSED_PLANS', 'th
            'sets_of', 'CondensedPlan', 'condenser', 'condensed_cells', 'called', 'scoreboard', 'scores_text',
            'terms_at', 'bound_of', 'attacked_at', 'feature_distances', 'bound_terms']
 
-# %% ../../nbs/reproduce/57_condensed.ipynb #adcee343
+# %% ../../nbs/reproduce/57_condensed.ipynb #59122bb2
 import base64, time
 from dataclasses import dataclass, field, replace
 import numpy as np
@@ -18,6 +18,7 @@ from ..compressed import Compressor, find_method
 from ..core import check, check_whole, device_of, lookup
 from ..data import ImageSet, sample
 from ..models import STATS, Net
+from ..distill.gradient import GradientMatching
 from .protocol import READINGS, compressed, dataset
 from .report import beside, to_text
 from ..robust.attacks import APGD, PGD, Attack
@@ -54,7 +55,7 @@ def more_attacks(data: str, strength: str = "paper",   # one of `STRENGTHS`: how
     steps = replace(first, steps=100, step_size=first.threat.eps / 10 if first.step_size is None else first.step_size / 3)
     return {"pgd10": first, "pgd100": steps, "square": Square(first.threat, s["queries"]), "autoattack": autoattack(first.threat, **s)}
 
-# %% ../../nbs/reproduce/57_condensed.ipynb #c1e32af7
+# %% ../../nbs/reproduce/57_condensed.ipynb #cf3d73d9
 KEPT = ("clean", "images", "n_test", "test_images", "train_seconds")   # what a cell returns beside the attacks
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Condensed:
     trainer: Trainer = Trainer(epochs=1000, batch=256, schedule="step")      # its objective says whether training is natural or adversarial
     attacks: dict = field(default_factory=dict)                              # name -> Attack
     n_test: int | None = None                                                # stratified test images; None: all
-    augmented: bool = True                                                   # train with the augmentation that the set was made with
+    augmented: bool = True                                                   # train with the augmentation of the method's authors
 
     def __post_init__(self):
         if self.n_test is not None: check_whole("n_test", self.n_test)
@@ -86,7 +87,7 @@ def unpacked(text: str,    # what `packed` gave
     check(len(bits) == -(-n // 8), f"text must hold {n} bits in base64, got {text!r:.40}")
     return np.unpackbits(bits, count=n).astype(bool)
 
-# %% ../../nbs/reproduce/57_condensed.ipynb #fddeb816
+# %% ../../nbs/reproduce/57_condensed.ipynb #c44da2e0
 def robustness(data: str,                   # name of the data set
                method: Compressor | None,   # None: the whole training set
                ipc: int | None,             # images per class; None with no method
@@ -99,7 +100,7 @@ def robustness(data: str,                   # name of the data set
     check((method is None) == (ipc is None), f"ipc goes with a method, and only with one: got method={method}, ipc={ipc}")
     S, test = compressed(data, method, ipc, set_seed, device), dataset(data, "test")
     if protocol.n_test: test = sample(test, protocol.n_test)
-    trainer, start = student_trainer(protocol, method), time.perf_counter()
+    trainer, start = student_trainer(protocol, method, data), time.perf_counter()
     model = trainer(protocol.net, S, seed, device)
     found = {"images": len(S), "n_test": len(test), "test_images": test.fingerprint, "train_seconds": round(time.perf_counter() - start, 3)}
     for name, attack in {"clean": None, **protocol.attacks}.items():
@@ -107,10 +108,11 @@ def robustness(data: str,                   # name of the data set
         found |= {name: o.rob, f"{name}_hits": int(o.survived.sum()), f"{name}_bits": packed(o.survived)}
     return found
 
-def student_trainer(protocol: Condensed, method: Compressor | None) -> Trainer:
-    "The protocol's trainer, with the augmentation that `method` makes its images with."
-    augment = getattr(method, "augment", "") if protocol.augmented else ""
-    return replace(protocol.trainer, augment=augment) if augment else protocol.trainer
+def student_trainer(protocol: Condensed, method: Compressor | None, data: str) -> Trainer:
+    "The protocol's trainer, with the augmentation that the authors of `method` train students with on this data set."
+    if not protocol.augmented: return protocol.trainer
+    usual = "crop_scale_rotate" if isinstance(method, GradientMatching) and "mnist" in data else protocol.trainer.augment
+    return replace(protocol.trainer, augment=getattr(method, "augment", "") or usual)
 
 # %% ../../nbs/reproduce/57_condensed.ipynb #f06e83da
 def hardened(protocol: Condensed,
@@ -141,7 +143,7 @@ def sets_of(cells: list[dict]) -> list[dict]:   # arguments of `made`
     needed = [{k: c[k] for k in ("data", "method", "ipc", "set_seed", "device") if k in c} for c in cells if c["method"] is not None]
     return [s for n, s in enumerate(needed) if s not in needed[:n]]
 
-# %% ../../nbs/reproduce/57_condensed.ipynb #266eaba1
+# %% ../../nbs/reproduce/57_condensed.ipynb #be3a751a
 CONDENSERS = {"DD": "dd", "DC": "dc", "DSA": "dsa", "DM": "dm", "MTT": "tm", "GUARD": "guard", "MAT": "mat"}   # the papers' names, and the registry's
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ CONDENSED_PLANS = {
     "smoke": CondensedPlan(2, (1, 10), Condensed(_narrow(8), Trainer(steps=100, lr=.05, batch=256, schedule="step"), n_test=200),
                            {"": dict(net=_narrow(8))} | _short(dict(iterations=60, lr=1., batch_real=32, outer=2, inner=5), dict(iterations=100, batch_real=32), dict(iterations=40, batch_real=128),
                             {"iterations": 50, "max_start": 3, "student_steps": 10, "experts.n": 2, "experts.epochs": 4, "experts.lr": .05}, {"experts.ema": .9, "experts.objective.attack.steps": 3})),
-    "cpu": CondensedPlan(3, (1,), Condensed(_narrow(32), Trainer(epochs=300, batch=256, schedule="step"), n_test=1000),
+    "cpu": CondensedPlan(3, (1,), Condensed(_narrow(32), n_test=1000),
                          {"": dict(net=_narrow(32))} | _short(dict(iterations=400, lr=.4, batch_real=64), dict(iterations=1000, batch_real=64), dict(iterations=300, batch_real=256),
                           dict(net=Net("mlp"), iterations=600, lr=1000., lr_alpha=1e-4, alpha=.1, student_steps=20, expert_epochs=2, max_start=3, augment="",
                                **{"experts.n": 5, "experts.lr": .1, "experts.augment": ""}),
