@@ -41,7 +41,6 @@ from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.synthetic import RealBatches, State
 from rdd_lib.distill.trajectory import TrajectoryMatching
-from rdd_lib.distill.unrolled import functional
 from rdd_lib.models import Net
 from rdd_lib.robust.attacks import PGD
 from rdd_lib.robust.curvature import VARIANTS, Curvature
@@ -239,7 +238,7 @@ class Ours:
         self.b, self.method = bench, self.of(bench)
         self.s = State(bench.u, bench.y, bench.scale, bench.classes, **self.method.more_leaves(bench.data, [bench.job.ipc] * bench.classes, bench.job.device))
         self.opt = self.method.optimiser(self.s, [{"params": [leaf], "lr": self.method.rates()[name]} for name, leaf in self.s.leaves.items()])
-        self.s.prepared = (Expert(bench.path()), functional(bench.fresh())) if bench.job.method == "tm" else None
+        self.s.prepared = (Expert(bench.path()), bench.fresh()) if bench.job.method == "tm" else None
         self.real = First(bench) if bench.job.same else RealBatches(bench.data, bench.scale)
 
     @staticmethod
