@@ -5,7 +5,7 @@ objective adds to DC's gradients of real data.
     dm        classes in a loop, features of a frozen random network
     tm        MTT: --steps of SGD on a flat parameter vector, the graph of all of them kept; the learning rate is learned
     dd        --steps of gradient descent with one learned rate each, the graph of all of them kept; Adam
-    real      no distiller: the gradients of one real batch of every class, plain; with GUARD's curvature penalty; with PGD-10 adversarial training
+    real      no distiller: the gradients of one real batch of every class as our DC takes them, plain; with GUARD's curvature penalty; with PGD-10 adversarial training
 
     python benchmarks/distill.py [--quick] [--methods dc dsa dm tm dd real] [--data mnist cifar10] [--ipc 1 10] [--repeats 5] [--device cpu|cuda] [--out benchmarks/distill.csv]
 
@@ -282,17 +282,15 @@ def objectives(job):
 class RealGradients:
     "The gradients that DC's images are to match: one batch of every class through `objective`, pixels in."
     def __init__(self, bench, objective):
-        self.b, self.objective = bench, objective
+        self.b, self.method = bench, GradientMatching(real_objective=objective)
         self.x, self.rows = bench.data.images(bench.job.device), bench.data.per_class
         self.net = bench.net(bench.data).to(bench.job.device).train()
-        self.draws = generator(0, "attack", device=bench.job.device)
 
     def __call__(self):
-        parameters = list(self.net.parameters())
+        weights = [p for p in self.net.parameters() if p.dim() > 1]
         for c, rows in enumerate(self.rows):
             x = self.x[rows[torch.randperm(len(rows), generator=self.b.g)[:self.b.job.batch_real]]]
-            y = torch.full((len(x),), c, device=x.device)
-            [g.detach().clone() for g in torch.autograd.grad(self.objective(self.net, x, y, None, self.draws), parameters)]
+            self.method._real_gradient(self.net, weights, x, c, self.b.g)
 
 
 # --- a process of its own ------------------------------------------------------------------------------------------------------
