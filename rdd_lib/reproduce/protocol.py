@@ -98,7 +98,7 @@ def score(data: str,                   # name of the data set
         found |= {"rob": rob.rob, "rob_hits": int(rob.survived.sum()), "rob_clean": rob.std, "forward_samples": rob.forward_samples}
     return found
 
-# %% ../../nbs/reproduce/54_protocol.ipynb #df562e44
+# %% ../../nbs/reproduce/54_protocol.ipynb #b89d7d09
 @dataclass(frozen=True)
 class Plan:
     "How much of a paper is run."
@@ -116,11 +116,11 @@ NARROW = Net("convnet", dict(width=8))
 PLANS = {
     "smoke": Plan(2, Protocol(NARROW, Trainer(steps=120, lr=.05), train_steps=5, n_test=300), Proxy(NARROW, Trainer(epochs=5, lr=.05, nesterov=True, batch=64)),
                   MinimalCoreset(solver="lp"), DistributionMatching(iterations=200, batch_real=64, net=NARROW),
-                  GradientMatching(iterations=10, batch_real=32, outer=2, inner=5, net=NARROW),
+                  GradientMatching(iterations=60, lr=1., batch_real=32, outer=2, inner=5, net=NARROW),
                   TrajectoryMatching(iterations=40, lr=300., alpha=.05, student_steps=10, expert_epochs=1, max_start=3, batch_syn=100, net=NARROW, experts=Experts(n=3, batch=64)), extra_seeds=1, normalised_seeds=1),
     "cpu": Plan(3, Protocol(n_test=1000), Proxy(), MinimalCoreset(time_limit=300.),
                 DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))),
-                GradientMatching(iterations=20, batch_real=64, outer=5, inner=10, net=Net("convnet", dict(width=32))),
+                GradientMatching(iterations=100, lr=.4, batch_real=64, outer=5, inner=10, net=Net("convnet", dict(width=32))),
                 TrajectoryMatching(iterations=200, lr=1000., alpha=.01, student_steps=20, max_start=3, batch_syn=100, net=Net("convnet", dict(width=32)), experts=Experts(n=5)), extra_seeds=1, normalised_seeds=1),
     "paper": Plan(3, Protocol(), Proxy(), MinimalCoreset(time_limit=3600.), DistributionMatching(), GradientMatching(), TrajectoryMatching(**published("cifar10", 50)), extra_seeds=3, normalised_seeds=3)}
 
