@@ -18,7 +18,7 @@ import rdd_lib
 from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, generator, lookup, with_settings
 from .data import ImageSet, shares, show_images
 
-# %% ../nbs/03_compressed.ipynb #177a1618
+# %% ../nbs/03_compressed.ipynb #fef72433
 @dataclass(frozen=True, eq=False, repr=False)
 class Compressed(ImageSet):
     "An `ImageSet` that came out of a compression; what a method does not give is None."
@@ -62,6 +62,7 @@ class Compressed(ImageSet):
         if p: lines += ["method      " + json.dumps(p.get("method"), sort_keys=True), "source      " + json.dumps(p.get("source"), sort_keys=True), f"seed        {p.get('seed')}"]
         if pixels := p.get("pixels"): lines += [f"pixels      un-normalised with {pixels['stats']}, {pixels['clipped']:.2%} of the values cut" if "clipped" in pixels else "pixels      bytes"]
         if self.weights is not None: lines += [f"weights     {self.weights.min():.3g} ... {self.weights.max():.3g}, sum {self.weights.sum():.6g}"]
+        if self.schedule: lines += [f"schedule    students are trained with its own {', '.join(self.schedule)}"]
         if p and p.get("interrupted"): lines += ["interrupted: the best that was known when it was stopped by hand"]
         if self.radius is not None: lines += [f"radius      {self.radius:.4f}" + ("" if self.lower_bound is None else f", proven to be at least {self.lower_bound:.4f} (gap {max(0, 1 - self.lower_bound / self.radius) if self.radius else 0:.2%})")]
         return "\n".join(lines)
