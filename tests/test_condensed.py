@@ -184,6 +184,7 @@ def test_tables_1_and_2(tmp_path):
 @pytest.mark.parametrize("item, settings, files", [
     ("guard_early/attacks", ("n_test=10", "seeds=1", "iterations=2", "ipcs=1", "methods=DC,DM"), ("attacks.csv", "attacks_tests.csv", "attacks_mnist_1.png")),
     ("guard_early/adversarial", ("n_test=10", "seeds=1", "iterations=2", "ipcs=1", "methods=DC"), ("adversarial.csv", "adversarial_seconds.csv", "adversarial_making.csv")),
+    ("guard_early/clean", ("n_test=10", "seeds=1", "iterations=2", "ipcs=1"), ("clean.csv", "clean_mnist_1.png")),
     ("guard_early/fig1", ("iterations=2",), ("fig1.csv", "fig1.png", "fig1_way.png", "fig1_loss.png")),
     ("guard_early/fig2", ("iterations=2", "methods=DC", "ipc=2", "epochs=1"), ("fig2.csv", "fig2_mnist_DC.png")),
     ("guard_early/proposition1", ("steps=10", "seeds=1", "n_test=10", "methods=DM", "lams=1"), ("proposition1.csv", "proposition1_sigma.csv", "proposition1_mnist.png")),
