@@ -6,8 +6,8 @@
 __all__ = ['first_images', 'start_of', 'RealBatches', 'State', 'Distiller', 'Story', 'save_checkpoint', 'load_checkpoint',
            'ClassMatching']
 
-# %% ../../nbs/distill/40_synthetic.ipynb #9c828f0e
-import contextlib, json, math, time
+# %% ../../nbs/distill/40_synthetic.ipynb #19d60a47
+import json, math, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, 
 from ..data import ImageSet, pixels
 from ..models import Net
 from ..robust.objectives import depends_on_mode
+from ..robust.training import check_precision, in_precision
 
 # %% ../../nbs/distill/40_synthetic.ipynb #b13650c7
 def first_images(data: ImageSet,
@@ -86,7 +87,7 @@ class State:
     @property
     def device(self): return self.u.device
 
-# %% ../../nbs/distill/40_synthetic.ipynb #ec51b33c
+# %% ../../nbs/distill/40_synthetic.ipynb #db6ec0fa
 @dataclass(frozen=True)
 class Distiller(Compressor):
     "A method that optimises images. Subclasses say what they minimise in `steps`; this is the rest."
@@ -104,7 +105,7 @@ class Distiller(Compressor):
         check_whole("iterations", self.iterations)
         check(0 < self.lr < math.inf, f"lr must be > 0, got {self.lr}")
         check(self.lr_label >= 0, f"lr_label must be >= 0, got {self.lr_label}")
-        check(self.precision in ("float32", "bf16"), f"precision must be 'float32' or 'bf16', got {self.precision!r}")
+        check_precision(self.precision)
         for name in filter(None, self.augment.split("_")): lookup(name, OPERATIONS, "augmentation")
         if self.chunk is not None: check_whole("chunk", self.chunk)
 
@@ -153,7 +154,7 @@ class Distiller(Compressor):
         story.look(s, done, self.iterations)
         for it in bar:
             for group, rate in zip(opt.param_groups, map(self.rates().get, s.leaves)): group["lr"] = rate * self.decay(it)
-            with self._autocast(s.device):
+            with in_precision(self.precision, s.device):
                 for losses in self.steps(s, real, data, generator(seed, "iteration", it)):
                     loss = self._descend(s, opt, losses)
                     check(math.isfinite(loss), f"the loss is {loss} in iteration {it} of {type(self).__name__}; try a smaller lr than {self.lr:g}{keeper.hint()}")
@@ -172,9 +173,6 @@ class Distiller(Compressor):
         opt.step()
         with torch.no_grad(): s.scale.clamp_(s.u)
         return float(total)
-
-    def _autocast(self, device):
-        return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
     def at_once(self, n: int, net, device, on_cpu: int) -> int:
         "How many of `n` images pass `net` together: all of them where it looks at the batch as a whole, as batch norm in training does."
