@@ -34,7 +34,7 @@ from torch.func import functional_call
 from covering import machine
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
 from rdd_lib.compressed import Compressed, load_compressed, save
-from rdd_lib.core import MissingData, generator, keep_heap, subseed
+from rdd_lib.core import MissingData, drawn, generator, keep_heap, subseed
 from rdd_lib.data import ImageSet, load, pixels, sample
 from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
@@ -91,7 +91,7 @@ class Bench:
 
     def fresh(self):
         "A new network, which sees normalised images."
-        return self.net(self.data, subseed(int(torch.randint(2**62, (), generator=self.g)))).model.to(self.job.device).train()
+        return self.net(self.data, subseed(drawn(self.g))).model.to(self.job.device).train()
 
     def path(self):
         "The weights of a network, and others not far from them, as an expert's are some epochs later."

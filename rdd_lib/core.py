@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
-           'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'subseed', 'generator', 'seeded',
+           'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'subseed', 'generator', 'drawn', 'seeded',
            'device_of', 'atomic', 'require_writable', 'kept', 'keep_heap', 'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
@@ -132,6 +132,11 @@ def generator(seed: int | torch.Generator,  # a seed, or a generator that is han
     if isinstance(seed, torch.Generator): return seed
     check(isinstance(seed, (int, np.integer)) and seed >= 0, f"seed must be a whole number >= 0 or a torch.Generator, got {seed!r}")
     return torch.Generator(device).manual_seed(subseed(seed, *names) if names else int(seed))
+
+# %% ../nbs/00_core.ipynb #b99d2b99
+def drawn(g: torch.Generator) -> int:   # a 62-bit seed
+    "The next draw of a generator, as a seed: for what a stream of draws hands on."
+    return int(torch.randint(2**62, (), generator=g, device=g.device))
 
 # %% ../nbs/00_core.ipynb #a39a780e
 @contextlib.contextmanager

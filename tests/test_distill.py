@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
 from rdd_lib.compressed import find_method, load_compressed, save
-from rdd_lib.core import BadArgument, generator, subseed
+from rdd_lib.core import BadArgument, drawn, generator, subseed
 from rdd_lib.data import load
 from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of
 from rdd_lib.distill.distribution import DistributionMatching
@@ -27,7 +27,7 @@ def plain_dc(method, data, seed, ipc):
     scale = Scale(data)
     u, y = first_images(data, [ipc] * 10, method.init, scale, seed)
     real, g = RealBatches(data, scale), generator(seed, "iteration", 0)
-    net = method.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).train()
+    net = method.net(data, subseed(drawn(g))).train()
     u.requires_grad_()
     opt, inner = torch.optim.SGD([u], method.lr, momentum=method.momentum), torch.optim.SGD(net.parameters(), method.lr_net)
     for o in range(method.outer):
@@ -64,7 +64,7 @@ def test_dm_is_the_published_loss(digits):
     scale = Scale(digits)
     u, y = first_images(digits, [2] * 10, "real", scale, 1)
     g, real = generator(1, "iteration", 0), RealBatches(digits, scale)
-    net = NARROW(digits, subseed(int(torch.randint(2**62, (), generator=g)))).model
+    net = NARROW(digits, subseed(drawn(g))).model
     u.requires_grad_()
     loss = 0.
     for c in range(10):
@@ -187,7 +187,7 @@ def plain_dd(method, data, seed, ipc):
         for group in opt.param_groups: group["lr"] = method.lr * .5 ** (it // method.halve_every)
         g = generator(seed, "iteration", it)
         x, labels = real.mixed(method.batch_real, g)
-        net = method.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).model
+        net = method.net(data, subseed(drawn(g))).model
         names, weights = zip(*net.named_parameters())
         run = lambda w, v: torch.func.functional_call(net, dict(zip(names, w)), v)
         for t in range(len(raw)):

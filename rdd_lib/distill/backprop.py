@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FIRST_RATE', 'walk_of', 'BackpropThroughTraining']
 
-# %% ../../nbs/distill/46_backprop.ipynb #77437a46
+# %% ../../nbs/distill/46_backprop.ipynb #8f41dc26
 from dataclasses import dataclass
 import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..compressed import method
-from ..core import check, check_whole, lookup, subseed
+from ..core import check, check_whole, drawn, lookup
 from .synthetic import Distiller
 from .unrolled import UNROLLED, flatten, functional, share_of_loss, summed, unroll
 
@@ -24,7 +24,7 @@ def walk_of(y: Tensor,       # (M,) labels, class after class
     rank = torch.cat([torch.arange(n) for n in torch.bincount(y.cpu()).tolist()])
     return [torch.nonzero(rank == b).flatten() for b in range(int(rank.max()) + 1)] * epochs
 
-# %% ../../nbs/distill/46_backprop.ipynb #67c3f6e5
+# %% ../../nbs/distill/46_backprop.ipynb #00f534ae
 FIRST_RATE = {"cifar10": .001, "cifar100": .001}         # elsewhere .02
 
 def _published(data, ipc): return {"first_rate": FIRST_RATE.get(data, .02)}
@@ -66,7 +66,7 @@ class BackpropThroughTraining(Distiller):
 
     def _miss(self, s, x, y, data, g):
         "The loss on real images after the walk of a fresh network."
-        net = self.net(data, subseed(int(torch.randint(2**62, (), generator=g)))).model.to(s.device).train()
+        net = self.fresh(s, data, drawn(g)).model
         run, batches = functional(net), [i.to(s.device) for i in walk_of(s.y, self.epochs)]
         size = lambda n: self.at_once(n, net, s.device, on_cpu=50)
 

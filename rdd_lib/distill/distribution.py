@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['DistributionMatching']
 
-# %% ../../nbs/distill/41_distribution.ipynb #e24ec90c
+# %% ../../nbs/distill/41_distribution.ipynb #f5e669c8
 from dataclasses import dataclass
 import torch
 from ..augmentation import Siamese
 from ..compressed import method
-from ..core import check, check_whole, subseed
+from ..core import check, check_whole, drawn, subseed
 from .synthetic import ClassMatching
 from ..robust.training import Trainer
 
-# %% ../../nbs/distill/41_distribution.ipynb #390078cd
+# %% ../../nbs/distill/41_distribution.ipynb #843ba9e0
 def _published(data, ipc): return {"lr": 10.} if ipc and ipc >= 100 else {}
 
 @method("distribution_matching", "Zhao & Bilen, WACV 2023", alias="dm", preset=_published)
@@ -39,8 +39,8 @@ class DistributionMatching(ClassMatching):
 
     def _look(self, s, data, g):
         "The network of this iteration, for normalised images."
-        draw = int(torch.randint(2**62, (), generator=g))
-        return s.prepared[draw % self.extractors].model if self.extractor else self.net(data, subseed(draw)).model.to(s.device).train()
+        draw = drawn(g)
+        return s.prepared[draw % self.extractors].model if self.extractor else self.fresh(s, data, draw).model
 
     def _gap(self, net, s, real, data, c, g):
         augment = Siamese(self.augment, data.name, g)           # shared by the real and the synthetic batch

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['STRENGTHS']
 
-# %% ../../nbs/distill/42a_guard.ipynb #52c33bf3
-from ..augmentation import DSA
+# %% ../../nbs/distill/42a_guard.ipynb #32224fcd
 from ..compressed import method
-from .gradient import GradientMatching
+from .gradient import GradientMatching, dsa_settings
 from ..robust.curvature import Curvature
 
-# %% ../../nbs/distill/42a_guard.ipynb #72f79dc9
+# %% ../../nbs/distill/42a_guard.ipynb #85b7441c
 STRENGTHS = {"cifar10": (.1, .05), "cifar100": (.1, .05), "svhn": (.1, .05)}    # lambda below ten images a class, and from there on: our choice, for ConvNet-D3 of width 128
 
 def _penalty(data, ipc):
     few, many = STRENGTHS.get(data, (1., .1))
     return {"real_objective": Curvature(many if ipc and ipc >= 10 else few, 1.5)}
 
-def _on_dsa(data, ipc): return {"augment": DSA, "init": "real"} | _penalty(data, ipc)
+def _both(data, ipc): return dsa_settings(data, ipc) | _penalty(data, ipc)
 
 method("gradient_matching_curvature", "GUARD on DC: first version of Xue et al., 2024", alias="guard", preset=_penalty)(GradientMatching)
-method("gradient_matching_augmented_curvature", "GUARD on DSA", alias="guard_dsa", preset=_on_dsa)(GradientMatching)
+method("gradient_matching_augmented_curvature", "GUARD on DSA", alias="guard_dsa", preset=_both)(GradientMatching);

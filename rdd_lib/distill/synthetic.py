@@ -6,7 +6,7 @@
 __all__ = ['first_images', 'start_of', 'RealBatches', 'State', 'Distiller', 'Story', 'save_checkpoint', 'load_checkpoint',
            'ClassMatching']
 
-# %% ../../nbs/distill/40_synthetic.ipynb #19d60a47
+# %% ../../nbs/distill/40_synthetic.ipynb #1c785f33
 import json, math, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressed import Compressor, load_compressed
-from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap, lookup, progress
+from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap, lookup, progress, subseed
 from ..data import ImageSet, pixels
 from ..models import Net
 from ..robust.objectives import depends_on_mode
@@ -87,7 +87,7 @@ class State:
     @property
     def device(self): return self.u.device
 
-# %% ../../nbs/distill/40_synthetic.ipynb #db6ec0fa
+# %% ../../nbs/distill/40_synthetic.ipynb #f244c22f
 @dataclass(frozen=True)
 class Distiller(Compressor):
     "A method that optimises images. Subclasses say what they minimise in `steps`; this is the rest."
@@ -173,6 +173,10 @@ class Distiller(Compressor):
         opt.step()
         with torch.no_grad(): s.scale.clamp_(s.u)
         return float(total)
+
+    def fresh(self, s: State, data: ImageSet, draw: int) -> nn.Module:
+        "The untrained network that a draw stands for."
+        return self.net(data, subseed(draw)).to(s.device).train()
 
     def at_once(self, n: int, net, device, on_cpu: int) -> int:
         "How many of `n` images pass `net` together: all of them where it looks at the batch as a whole, as batch norm in training does."
