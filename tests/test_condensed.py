@@ -188,6 +188,7 @@ def test_tables_1_and_2(tmp_path):
     ("guard_early/fig1", ("iterations=2",), ("fig1.csv", "fig1.png", "fig1_way.png", "fig1_loss.png")),
     ("guard_early/fig2", ("iterations=2", "methods=DC", "ipc=2", "epochs=1"), ("fig2.csv", "fig2_mnist_DC.png")),
     ("guard_early/proposition1", ("steps=10", "seeds=1", "n_test=10", "methods=DM", "lams=1"), ("proposition1.csv", "proposition1_sigma.csv", "proposition1_mnist.png")),
+    ("guard_early/strength", ("n_test=10", "seeds=1", "iterations=2", "ipcs=1", "lams=1", "sets=1, 2"), ("strength.csv", "strength_test.csv", "strength.png", "strength_pairs.png")),
     ("mat/main", ("n_test=10", "seeds=1", "iterations=2", "ipcs=1"), ("main.csv", "main_tests.csv", "main_mnist_1.png"))])
 def test_notebooks_run_to_the_end(item, settings, files, tmp_path):
     folder = reproduce(item, *settings, cwd=tmp_path)
