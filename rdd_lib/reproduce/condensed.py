@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'STRENGTHS', 'KEPT', 'CONDENSERS', 'CONDENSED_PLANS', 'th
            'sets_of', 'CondensedPlan', 'condenser', 'condensed_cells', 'called', 'scoreboard', 'scores_text',
            'terms_at', 'bound_of', 'attacked_at', 'feature_distances', 'bound_terms']
 
-# %% ../../nbs/reproduce/57_condensed.ipynb #59122bb2
+# %% ../../nbs/reproduce/57_condensed.ipynb #8c6644b7
 import base64, time
 from dataclasses import dataclass, field, replace
 import numpy as np
@@ -19,7 +19,7 @@ from ..core import check, check_whole, device_of, lookup
 from ..data import ImageSet, sample
 from ..models import STATS, Net
 from ..distill.gradient import GradientMatching
-from .protocol import READINGS, compressed, dataset
+from .protocol import READINGS, compressed, dataset, set_and_test
 from .report import beside, to_text
 from ..robust.attacks import APGD, PGD, Attack
 from ..robust.autoattack import autoattack
@@ -87,7 +87,7 @@ def unpacked(text: str,    # what `packed` gave
     check(len(bits) == -(-n // 8), f"text must hold {n} bits in base64, got {text!r:.40}")
     return np.unpackbits(bits, count=n).astype(bool)
 
-# %% ../../nbs/reproduce/57_condensed.ipynb #c44da2e0
+# %% ../../nbs/reproduce/57_condensed.ipynb #ded03d42
 def robustness(data: str,                   # name of the data set
                method: Compressor | None,   # None: the whole training set
                ipc: int | None,             # images per class; None with no method
@@ -97,9 +97,7 @@ def robustness(data: str,                   # name of the data set
                device: str = "auto",
               ) -> dict:                    # "clean" and each attack: accuracy, <name>_hits, <name>_bits; how many images, seconds of training
     "Train one student on one compressed set; its accuracy, clean and under each attack (early GUARD paper, Tables 1 and 2)."
-    check((method is None) == (ipc is None), f"ipc goes with a method, and only with one: got method={method}, ipc={ipc}")
-    S, test = compressed(data, method, ipc, set_seed, device), dataset(data, "test")
-    if protocol.n_test: test = sample(test, protocol.n_test)
+    S, test = set_and_test(data, method, ipc, set_seed, protocol.n_test, device)
     trainer, start = student_trainer(protocol, method, data), time.perf_counter()
     model = trainer(protocol.net, S, seed, device)
     found = {"images": len(S), "n_test": len(test), "test_images": test.fingerprint, "train_seconds": round(time.perf_counter() - start, 3)}
