@@ -160,7 +160,7 @@ class Compressor:
         provenance = {"method": describe(self), "ipc": ipc, "total": total, "seed": seed, "source": source, "versions": versions} | made.pop("report", {})
         return Compressed(**made, classes=data.classes, name=data.name, split=data.split, provenance=provenance)
 
-# %% ../nbs/03_compressed.ipynb #cc1ed11a
+# %% ../nbs/03_compressed.ipynb #1580001d
 @dataclass(frozen=True)
 class Method:
     "A registered compression method."
@@ -169,6 +169,9 @@ class Method:
     paper: str       # where it comes from
     alias: str = ""  # its abbreviation in tables
     preset: Callable[[str, int | None], dict] = lambda data, ipc: {}     # the paper's settings for a data set's name and a number of images per class
+    says: str = ""   # what it does, and which settings no paper gives; empty: what its class says
+
+    def __str__(self): return f"{self.says or self.make.__doc__.splitlines()[0]} {self.paper}."
 
     def build(self, data: str,           # name of the data set
               ipc: int | None = None,    # images per class
@@ -179,10 +182,10 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 
-def method(name: str, paper: str, alias: str = "", preset=None):
+def method(name: str, paper: str, alias: str = "", preset=None, says: str = ""):
     "Class decorator: enter a `Compressor` in the registry under `name` (and `alias`). Called on the same class again, it enters a composition."
     def enter(cls):
-        METHODS[name] = Method(name, cls, paper, alias, *([preset] if preset else []))
+        METHODS[name] = Method(name, cls, paper, alias, says=says, **({"preset": preset} if preset else {}))
         return cls
     return enter
 

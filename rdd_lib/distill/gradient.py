@@ -33,11 +33,11 @@ def loops(ipc: int) -> tuple[int, int]:
     "The authors' numbers for `ipc`, or for the nearest smaller one."
     return LOOPS[max(k for k in LOOPS if k <= ipc)]
 
-# %% ../../nbs/distill/42_gradient.ipynb #0ca86e8e
+# %% ../../nbs/distill/42_gradient.ipynb #de316510
 @method("gradient_matching", "Zhao, Mopuri & Bilen, ICLR 2021", alias="dc")
 @dataclass(frozen=True)
 class GradientMatching(ClassMatching):
-    "DC: match each class's weight gradients; with `augment` DSA, with a robust `real_objective` GUARD and its kin (Zhao et al. 2021, Algorithm 1)."
+    "DC: match the gradients that each class gives the weights of networks in training (Zhao et al. 2021, Algorithm 1)."
     lr: float = .1
     init: object = "noise"
     augment: str = ""
@@ -91,7 +91,8 @@ class GradientMatching(ClassMatching):
                 F.cross_entropy(net.model(batch), target[i]).backward()
                 opt.step()
 
-# %% ../../nbs/distill/42_gradient.ipynb #80c84c4c
+# %% ../../nbs/distill/42_gradient.ipynb #15954193
 def dsa_settings(data, ipc): return {"augment": DSA, "init": "real"}     # a preset
 
-method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=dsa_settings)(GradientMatching);
+method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=dsa_settings,
+       says="DSA: gradient matching, real and synthetic images seen through the same random augmentation.")(GradientMatching);

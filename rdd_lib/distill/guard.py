@@ -10,7 +10,7 @@ from ..compressed import method
 from .gradient import GradientMatching, dsa_settings
 from ..robust.curvature import Curvature
 
-# %% ../../nbs/distill/42a_guard.ipynb #85b7441c
+# %% ../../nbs/distill/42a_guard.ipynb #039f2d30
 STRENGTHS = {"cifar10": (.1, .05), "cifar100": (.1, .05), "svhn": (.1, .05)}    # lambda below ten images a class, and from there on: our choice, for ConvNet-D3 of width 128
 
 def _penalty(data, ipc):
@@ -19,5 +19,7 @@ def _penalty(data, ipc):
 
 def _both(data, ipc): return dsa_settings(data, ipc) | _penalty(data, ipc)
 
-method("gradient_matching_curvature", "GUARD on DC: first version of Xue et al., 2024", alias="guard", preset=_penalty)(GradientMatching)
-method("gradient_matching_augmented_curvature", "GUARD on DSA", alias="guard_dsa", preset=_both)(GradientMatching);
+method("gradient_matching_curvature", "First version of Xue et al., arXiv 2403.10045, 2024", alias="guard", preset=_penalty,
+       says="GUARD: gradient matching where the real images also ask for a flat loss. lambda and h are our choice: the paper gives none.")(GradientMatching)
+method("gradient_matching_augmented_curvature", "Composed here of Xue et al. 2024 and Zhao & Bilen 2021", alias="guard_dsa", preset=_both,
+       says="GUARD with the augmentation of DSA. lambda and h are our choice.")(GradientMatching);

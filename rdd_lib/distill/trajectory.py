@@ -55,11 +55,11 @@ def published(data: str,          # name of a data set
     found = dict(zip(_NAMES, rows[max(k for k in rows if k <= (ipc or 10))]))
     return found | ({"net": Net("convnet", {"depth": 4})} if data == "tiny_imagenet" else {})
 
-# %% ../../nbs/distill/45_trajectory.ipynb #70bc1b7d
+# %% ../../nbs/distill/45_trajectory.ipynb #72f31f26
 @method("trajectory_matching", "Cazenavette et al., CVPR 2022", alias="tm", preset=published)
 @dataclass(frozen=True)
 class TrajectoryMatching(Distiller):
-    "TM: lead a student in N steps on the images to where an expert is M epochs on (Cazenavette et al. 2022, Algorithm 1); with robust `experts` MAT."
+    "TM: lead a student in N steps on the images to where an expert is M epochs on (Cazenavette et al. 2022, Algorithm 1; without its ZCA whitening)."
     iterations: int = 5000
     lr: float = 100.                # of the images
     lr_alpha: float = 1e-5          # of the learning rate alpha
@@ -115,9 +115,10 @@ class TrajectoryMatching(Distiller):
 
         return gap(unroll(loss, start, s.leaves["alpha"].expand(self.student_steps), (s.u, s.target), self.gradient), start, target)
 
-# %% ../../nbs/distill/45_trajectory.ipynb #23864aab
+# %% ../../nbs/distill/45_trajectory.ipynb #f058161e
 def _robust(data, ipc):
     attack = PGD(Linf(.1 if "mnist" in data else 8 / 255), 10)
     return published(data, ipc) | {"experts": Experts(Adversarial(attack), ema=.999)}
 
-method("matching_adversarial_trajectories", "Lai et al., arXiv 2503.12069, 2025", alias="mat", preset=_robust)(TrajectoryMatching)
+method("matching_adversarial_trajectories", "Lai et al., arXiv 2503.12069, 2025", alias="mat", preset=_robust,
+       says="MAT: trajectory matching, with the smoothed trajectories of adversarially trained experts. Their radius and smoothing are our choice: the public abstract gives none.")(TrajectoryMatching)

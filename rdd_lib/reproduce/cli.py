@@ -34,7 +34,7 @@ def parse_settings(settings: list[str] | None,  # ["name=value", ...]
     for s in settings or []: check("=" in s.strip("="), f"--set takes name=value, got {s!r}")
     return dict(s.split("=", 1) for s in settings or [])
 
-# %% ../../nbs/reproduce/55_cli.ipynb #400cec61
+# %% ../../nbs/reproduce/55_cli.ipynb #6c6335ae
 def _table(title, rows):
     width = max(len(r[0]) for r in rows)
     typer.echo(f"{title}\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows) + "\n")
@@ -42,7 +42,7 @@ def _table(title, rows):
 def _methods():
     from rdd_lib.compressed import methods
     settings = lambda m: ", ".join(f.name for f in fields(m.make)) or "no settings"
-    return [(name + (f" ({m.alias})" if m.alias else ""), f"{m.make.__doc__.splitlines()[0]} {m.paper}. [{settings(m)}]") for name, m in methods().items()]
+    return [(name + (f" ({m.alias})" if m.alias else ""), f"{m} [{settings(m)}]") for name, m in methods().items()]
 
 def _data():
     from rdd_lib.data import DATASETS
@@ -76,7 +76,7 @@ def list_(what: str = typer.Argument("all", help="data, methods, models, objecti
         title, rows = lookup(name, LISTS, "list")
         _table(title, rows())
 
-# %% ../../nbs/reproduce/55_cli.ipynb #b5163b4f
+# %% ../../nbs/reproduce/55_cli.ipynb #8a66dd51
 @app.command(epilog=_examples("compress"))
 def compress(method: str = typer.Argument(help="a method, see `rdd list methods`"),
              data: str = typer.Argument(help="a data set, see `rdd list data`"),
@@ -99,8 +99,11 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
     from rdd_lib.distill.synthetic import Distiller
     short = {name: value for name, value in (("budget", budget), ("time_limit", time_limit), ("gap", gap)) if value is not None}
     lookup(data, DATASETS, "data set")
-    compressor = find_method(method).build(data, ipc or k, **short, **parse_settings(set_))
-    if plan: return typer.echo(json.dumps(describe(compressor), indent=1))
+    found = find_method(method)
+    compressor = found.build(data, ipc or k, **short, **parse_settings(set_))
+    if plan:
+        typer.echo(str(found), err=True)
+        return typer.echo(json.dumps(describe(compressor), indent=1))
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     images = load(data)
     compressor.counts(images, ipc, total)
@@ -115,7 +118,7 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
     if film: _show_film(run["snapshots"], made, film)
     typer.echo(made.summary())
     if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images))
-    typer.echo(f"written to {out}")
+    typer.echo(f"written to {out}" + (f", the pictures to {film}" if film else ""))
 
 def _number(k, ipc, total, budget):
     "(ipc, total), one of them None: -k means what the budget means."
@@ -261,11 +264,11 @@ def _over_seeds(outcomes):
         s = summary([100 * getattr(o, w) for o in outcomes])
         typer.echo(f"  {word:<6} {s.mean:.2f} ± {s.sd:.2f} % over {s.n} seeds")
 
-# %% ../../nbs/reproduce/55_cli.ipynb #f10365f2
+# %% ../../nbs/reproduce/55_cli.ipynb #bab80fc2
 @app.command(epilog=_examples("reproduce"))
 def reproduce(item: str = typer.Argument(help="mcs/fig2, mcs (all of a paper), or all; see `rdd list papers`"),
               profile: str = typer.Option("smoke", help="smoke: minutes on two cores; cpu: an hour or so; paper: the paper's own settings, one GPU"),
-              figures: Path = typer.Option(Path("figures"), help="results go to <figures>/<profile>/<paper>/"),
+              figures: Path = typer.Option(Path("figures"), help="results go to FIGURES/PROFILE/PAPER/"),
               resume: bool = typer.Option(True, help="use the cells that are finished already"),
               set_: Optional[list[str]] = typer.Option(None, "--set", help="a parameter of the notebook: name=value", show_default=False)):
     "Run the notebooks of a paper: numbers, pictures and the executed notebooks."

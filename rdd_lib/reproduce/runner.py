@@ -101,7 +101,7 @@ def this_python():
         try: yield "python3"
         finally: os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
 
-# %% ../../nbs/reproduce/53_runner.ipynb #651bf71d
+# %% ../../nbs/reproduce/53_runner.ipynb #7464d24f
 _BAR = re.compile(r"\d+%\||\[\d+:\d\d(:\d\d)?[<,\]]")             # what every tqdm bar holds: '50%|' or '[00:01<'
 _CELL = re.compile(r"[^\s\"']*ipykernel_\d+[/\\]\d+\.py")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,}")
@@ -131,7 +131,8 @@ def impersonal(nb,                       # an executed notebook
 def _without_bars(outputs):
     "The outputs of a cell without progress bars. Streams arrive in pieces as time will have it: warnings are put first, and printed text is joined."
     warned = "".join(o["text"] for o in outputs if o.get("name") == "stderr")
-    warned = "".join(f"{line}\n" for line in re.split(r"[\r\n]+", warned) if line.strip() and not _BAR.search(line))
+    seen = (line.rsplit("\r", 1)[-1] for line in warned.replace("\r\n", "\n").split("\n") if "\x1b[A" not in line)      # a bar writes over itself, one below another steps back up
+    warned = "".join(f"{line}\n" for line in seen if line.strip() and not _BAR.search(line))
     kept = [{"output_type": "stream", "name": "stderr", "text": warned}] if warned else []
     for o in outputs:
         if o.get("name") == "stderr" or any("widget-view" in k for k in o.get("data", {})): continue
