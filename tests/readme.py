@@ -7,6 +7,8 @@ from nbconvert import MarkdownExporter
 
 index = nbformat.read(Path(__file__).parents[1] / "nbs" / "index.ipynb", 4)
 index.metadata["language_info"] = {"name": "python"}
+for cell in index.cells:
+    if cell.source.startswith("#| echo: false"): cell.metadata["transient"] = {"remove_source": True}                        # tables are shown, not how they are printed
 text, _ = MarkdownExporter().from_notebook_node(index)
 text = re.sub(r"\]\((?!\.\./|https?:|#)", "](nbs/", text).replace("](../", "](")          # links in the index start from nbs/
 lines = [line.rstrip() for line in text.splitlines()]

@@ -34,7 +34,7 @@ def parse_settings(settings: list[str] | None,  # ["name=value", ...]
     for s in settings or []: check("=" in s.strip("="), f"--set takes name=value, got {s!r}")
     return dict(s.split("=", 1) for s in settings or [])
 
-# %% ../../nbs/reproduce/55_cli.ipynb #6c6335ae
+# %% ../../nbs/reproduce/55_cli.ipynb #b4a75f72
 def _table(title, rows):
     width = max(len(r[0]) for r in rows)
     typer.echo(f"{title}\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows) + "\n")
@@ -55,7 +55,8 @@ def _models():
 def _objectives():
     from rdd_lib.robust.threats import Linf
     from rdd_lib.robust.training import OBJECTIVES, objective_of
-    return [(name, repr(objective_of(name, Linf(.1), 0. if name == "generalized" else None)).replace("Linf(eps=0.1)", "...")) for name in OBJECTIVES]
+    def told(name): return repr(objective_of(name, Linf(.125), .125 if name == "generalized" else None))
+    return [(name, told(name).replace(repr(Linf(.125)), "...").replace(repr(Linf(.25)), "... widened by the covering radius")) for name in OBJECTIVES]
 
 def _attacks():
     from rdd_lib.robust.autoattack import ATTACKS, attack_of
