@@ -10,7 +10,7 @@ help:       ## what can be typed here
 	@grep -E '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 demo: .venv/ready  ## who is robust? A table and a picture in a few minutes (figures/smoke/mcs/fig2.png)
-	$(BIN)/rdd reproduce mcs/fig2 --profile smoke
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/rdd reproduce mcs/fig2 --profile smoke   # with more threads small networks wait for each other
 
 test: .venv/ready  ## notebooks in step and clean, their tests, pytest, ruff
 	$(BIN)/ruff check .
