@@ -1,9 +1,10 @@
-"""One thread, no network, and a store of its own: what every test here runs under. And the networks that attacks are tested on."""
+"""One thread, no network, the same examples in every run, and a store of its own: what every test here runs under. And the networks that attacks are tested on."""
 import os
 import socket
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import nn
 from rdd_lib.core import generator, seeded
 from rdd_lib.data import data_root, load
@@ -12,6 +13,8 @@ from rdd_lib.robust.attacks import PGD
 from rdd_lib.robust.threats import Linf
 
 torch.set_num_threads(1)
+settings.register_profile("same", derandomize=True, deadline=None)      # the same examples in every run; for others: pytest --hypothesis-profile=default
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
