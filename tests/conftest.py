@@ -4,6 +4,7 @@ import socket
 import pytest
 import torch
 import torch.nn.functional as F
+import pretend_gpu
 from hypothesis import settings
 from torch import nn
 from rdd_lib.core import generator, seeded
@@ -15,6 +16,18 @@ from rdd_lib.robust.threats import Linf
 torch.set_num_threads(1)
 settings.register_profile("same", derandomize=True, deadline=None)      # the same examples in every run; for others: pytest --hypothesis-profile=default
 settings.load_profile("same")
+
+
+def pytest_collection_modifyitems(items):
+    "The pretend GPU has to be there before the first backward pass: autograd counts devices then."
+    if pretend_gpu.possible() and any("gpu" in getattr(i, "fixturenames", ()) for i in items): pretend_gpu.install()
+
+
+@pytest.fixture
+def gpu():
+    "The name of a GPU: a real one, else one that is pretended (see tests/pretend_gpu)."
+    if not pretend_gpu.possible(): pytest.skip("needs a GPU, or a C++ compiler to pretend one")
+    with pretend_gpu.present(): yield "cuda"
 
 
 @pytest.fixture(autouse=True)
