@@ -8,7 +8,7 @@ __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile'
            'device_of', 'atomic', 'require_writable', 'kept', 'keep_heap', 'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
-import contextlib, hashlib, json, os, tempfile, warnings
+import contextlib, hashlib, json, os, sys, tempfile, time, warnings
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -198,13 +198,31 @@ def keep_heap() -> None:
     torch.empty(8_000_000)
 
 # %% ../nbs/00_core.ipynb #41a60fb1
+class _Log:
+    "What bars write to where there is no terminal: whole lines, at most one in ten seconds from all of them."
+    every, last = 10., float("-inf")                 # seconds between two lines; when the last one was written
+
+    def __init__(self, file): self.file = file
+    def flush(self): self.file.flush()
+    def write(self, text):
+        line, now = text.replace("\x1b[A", "").strip(), time.monotonic()       # the code steps back up a line
+        if not line or now - _Log.last < self.every: return
+        _Log.last = now
+        self.file.write(line + "\n")
+
+def _where_bars_go():
+    "Settings for a bar: none on a terminal and in a notebook, which can write over a line."
+    if sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel"): return {}
+    return {"file": _Log(sys.stderr), "mininterval": _Log.every, "delay": _Log.every}
+
 def progress(iterable=None, show: bool = True, **settings):
-    "A `tqdm` bar that appears after two seconds and leaves no trace; `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it."
+    """A `tqdm` bar that appears after two seconds and leaves no trace; in a log file, a line every ten seconds.
+    `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it."""
     if not show: settings["disable"] = True              # left out otherwise: TQDM_DISABLE=1 in the environment hides all bars
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # without ipywidgets, tqdm falls back to a text bar: no need to complain
         from tqdm.auto import tqdm
-    return tqdm(iterable, **{"delay": 2, "leave": False, "dynamic_ncols": True} | settings)
+    return tqdm(iterable, **{"delay": 2, "leave": False, "dynamic_ncols": True} | _where_bars_go() | settings)
 
 # %% ../nbs/00_core.ipynb #74ddf5ab
 def check_images(x: torch.Tensor,      # (N, C, H, W) or (N, d): pixels in [0, 1], float

@@ -84,10 +84,11 @@ def _start_worker(threads):
 
 @contextmanager
 def _capped(threads):
-    "Thread caps for processes started meanwhile; the libraries read them when they are loaded."
+    "Thread caps for processes started meanwhile, and no bars of theirs: the libraries read this when they are loaded."
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {n: os.environ.get(n) for n in names}
-    os.environ.update({n: str(threads) for n in names})
+    meanwhile = {n: str(threads) for n in names} | {"TQDM_DISABLE": "1"}
+    before = {n: os.environ.get(n) for n in meanwhile}
+    os.environ.update(meanwhile)
     try: yield
     finally:
         for n, v in before.items(): os.environ.pop(n, None) if v is None else os.environ.update({n: v})

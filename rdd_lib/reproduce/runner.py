@@ -7,7 +7,7 @@ __all__ = ['OWN', 'PROFILES', 'Item', 'items', 'parameters_of', 'typed_settings'
            'ReproductionFailed', 'reproduce']
 
 # %% ../../nbs/reproduce/53_runner.ipynb #c6742cd9
-import ast, json, logging, os, re, sys, tempfile
+import ast, json, logging, os, re, shutil, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -93,6 +93,7 @@ def this_python():
     env = {"PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"])),
            "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     spec = get_kernel_dict() | {"env": env}
+    spec["argv"] = [*spec["argv"], "--log-level=CRITICAL"]              # at its end a kernel is interrupted, and logs that as an error
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder)/"kernels"/"python3").mkdir(parents=True)
@@ -187,6 +188,46 @@ def _parameters(item, profile, settings, out, resume):
     check(resume or "resume" in defaults, f"resume=False was asked for, but {item.name!r} has no parameter 'resume'")
     return {"profile": profile, "out": str(out)} | ({"resume": resume} if "resume" in defaults else {}) | typed_settings(item.name, defaults, settings)
 
+# %% ../../nbs/reproduce/53_runner.ipynb #71f0b3ce
+class _Display:
+    "Shows on `file` how a notebook is doing. To be used as a context, and as the file that its kernel's stderr goes to."
+    def __init__(self, name, file):
+        self.name, self.file, self.terminal = name, file, file.isatty()
+        self.hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+        self.grid, self.inner, self.began, self.over = "", "", time.monotonic(), threading.Event()
+
+    def __enter__(self):
+        self.clock = threading.Thread(target=self._tick, daemon=True)
+        if not self.hidden: self.clock.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        if not self.hidden: self.clock.join()
+        if self.terminal: self._put("")
+
+    def _tick(self):
+        while not self.over.wait(1 if self.terminal else 10): self._put(self.line())
+
+    def line(self) -> str:
+        seconds = int(time.monotonic() - self.began)
+        return "  ".join(filter(None, (f"{self.name} {seconds // 60}:{seconds % 60:02}", self.grid, self.inner)))
+
+    def write(self, text):
+        for line in re.split(r"[\r\n]+", text.replace("\x1b[A", "")):
+            bar = re.sub(r" *\d+%\|.*?\| *", " ", line).strip()            # numbers are enough
+            if not _BAR.search(line): self._put(line.strip(), lasting=True)
+            elif re.search(r"/cell|cell/", line): self.grid, self.inner = bar, ""
+            else: self.inner = bar
+
+    def _put(self, line, lasting=False):
+        if lasting and not line: return
+        if self.terminal: line = "\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        self.file.write(line + ("" if self.terminal and not lasting else "\n"))
+        self.file.flush()
+
+    def flush(self): pass
+
 # %% ../../nbs/reproduce/53_runner.ipynb #286018c9
 def _run(item, parameters, kernel, figures):
     "Runs one notebook and returns where it was written."
@@ -197,7 +238,8 @@ def _run(item, parameters, kernel, figures):
     path, broken = out/f"{item.path.stem}.ipynb", out/f"{item.path.stem}.failed.ipynb"
     with tempfile.TemporaryDirectory() as folder:
         ran = Path(folder)/"ran.ipynb"
-        error = _execute(nbformat.read(item.path, 4), ran, parameters, kernel)
+        with _Display(item.name, sys.stderr) as display:
+            error = _execute(nbformat.read(item.path, 4), ran, parameters, kernel, display)
         nb = nbformat.read(ran if ran.exists() else item.path, 4)
         where = _failed_cell(nb) if error else ""
         places = {str(figures): figures.name, str(papers_folder().parents[1]): ".", str(Path.cwd()): ".", str(Path.home()): "~",
@@ -208,14 +250,15 @@ def _run(item, parameters, kernel, figures):
     broken.unlink(missing_ok=True)
     return path
 
-def _execute(nb, ran, parameters, kernel):
-    "Runs `nb` by papermill into the file `ran`; returns the error that it ended with, or None."
+def _execute(nb, ran, parameters, kernel, display):
+    "Runs `nb` by papermill into the file `ran`; returns the error that it ended with, or None. `display` gets the kernel's stderr."
     import papermill
     from contextlib import nullcontext
     from traitlets.config import Config
     quiet = Config(KernelManager={"transport_encryption": "auto"})         # else the kernel warns that its channel is not encrypted
     with (nullcontext(kernel) if kernel else this_python()) as name:
-        try: papermill.execute_notebook(nb, str(ran), parameters, kernel_name=name, language="python", progress_bar=True, stderr_file=sys.stderr if sys.stderr.isatty() else None, config=quiet)
+        how = dict(kernel_name=name, language="python", progress_bar=False, stderr_file=display, config=quiet)
+        try: papermill.execute_notebook(nb, str(ran), parameters, **how)
         except Exception as e:
             if getattr(e, "ename", "") == "KeyboardInterrupt": raise KeyboardInterrupt from e    # the interrupt reached the kernel first
             return e
