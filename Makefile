@@ -2,22 +2,27 @@
 PYTHON  ?= python3
 PROFILE ?= smoke
 BIN     := .venv/bin
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
+ONE     := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab reproduce notebooks readme lock clean
+.PHONY: help demo test test-all lab reproduce notebooks readme lock clean
 
 help:       ## what can be typed here
-	@grep -E '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 demo: .venv/ready  ## who is robust? A table and a picture in a few minutes (figures/smoke/mcs/fig2.png)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/rdd reproduce mcs/fig2 --profile smoke   # with more threads small networks wait for each other
+	$(BIN)/rdd reproduce mcs/fig2 --profile smoke
 
-test: .venv/ready  ## notebooks in step and clean, their tests, pytest, ruff
+test: .venv/ready  ## ruff, every library notebook and every test once, at sizes that prove the point
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_in_step.py
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count()))') --timing \
-	  --skip_folder_re '^([_.]|guard_early$$|mat$$)'   # pytest runs those pages, at small sizes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --deselect tests/test_in_step.py
+	$(ONE) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing --skip_folder_re '^([_.]|papers$$)'   # pytest runs the papers' pages, small
+	$(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
+
+test-all: .venv/ready  ## the same at full size, with the slow cells of the notebooks and the papers' pages: hours, for releases
+	$(BIN)/ruff check .
+	$(ONE) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing --flags slow
+	$(ONE) RDD_TESTS=full $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
 
 lab: .venv/ready  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

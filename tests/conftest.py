@@ -1,6 +1,9 @@
 """One thread, no network, the same examples in every run, and a store of its own: what every test here runs under. And the networks that attacks are tested on."""
 import os
 import socket
+import sys
+import warnings
+from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from rdd_lib.models import build
 from rdd_lib.robust.attacks import PGD
 from rdd_lib.robust.threats import Linf
 
+FULL = os.environ.get("RDD_TESTS") == "full"                            # `make test-all`
 torch.set_num_threads(1)
 settings.register_profile("same", derandomize=True, deadline=None)      # the same examples in every run; for others: pytest --hypothesis-profile=default
 settings.load_profile("same")
@@ -46,6 +50,54 @@ def no_network(monkeypatch):
 def own_store(tmp_path, monkeypatch):
     "Cells and compressed sets of a test are nobody else's."
     monkeypatch.setenv("RDD_STORE", str(tmp_path / "store" / "cells"))
+
+
+@pytest.fixture
+def rdd(tmp_path, monkeypatch, capsys):
+    "`rdd('show', 'x')` does what the shell does with these words in an empty folder, in this process; its exit code and what it told."
+    from rdd_lib.reproduce import cli
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)       # what `main` changes is put back
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["rdd", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left: cli.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=left.value.code or 0, stdout=out, stderr=err)
+    return run
+
+
+@pytest.fixture
+def page(tmp_path):
+    """`page("mcs/fig2", "seeds=1")` is `rdd reproduce mcs/fig2 --set seeds=1` in this process: it spares a kernel, which takes
+    longer to start than most pages take at these sizes. The folder of tables and pictures."""
+    from execnb.shell import CaptureShell
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    from rdd_lib.reproduce import cli, runner
+
+    def run(name, *settings):
+        item, = runner._choose(name)
+        folder = tmp_path / "figures" / "smoke" / item.path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = runner._parameters(item, "smoke", cli.parse_settings(settings), folder, True)
+        nb = parameterize_notebook(load_notebook_node(str(item.path)), parameters, kernel_name="python3", language="python")
+        main, shell = sys.modules["__main__"], CaptureShell(mpl_format="png")
+        shell.display_formatter.active_types = ["text/plain"]                # pictures are saved, not shown
+        try:
+            for cell in nb.cells:
+                if cell.cell_type == "code": shell.run(cell.source)
+                if shell.exc: raise shell.exc
+        finally: sys.modules["__main__"] = main                              # the shell puts its own there
+        return folder
+    return run
+
+
+def many(n):
+    "Seeds for a test that draws its own instance: n of them in `make test-all`, at most 15 in `make test`."
+    return range(n if FULL else min(n, 15))
 
 
 def needs(name):

@@ -1,115 +1,135 @@
-"""The `rdd` command as a shell sees it: output, exit codes, and nothing half-written."""
+"""The `rdd` command as a shell sees it: output, exit codes, and nothing half-written. Two tests start processes, the rest is in this one."""
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 import pytest
 import torch
 from rdd_lib.compressed import load_compressed
 
 RDD = Path(sys.executable).parent / "rdd"
+NAMES = ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "(dc)", "(dsa)", "(tm)", "(dd)", "(guard)", "(mat)",
+         "guard_early/table2", "mat/main", "resnet18", "apgd-ce", "mcs/fig2", "mcs/table1")
 
 
-def rdd(*words, cwd, **env):
-    return subprocess.run([RDD, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | {"TQDM_DISABLE": "1"} | env)
+def test_list_knows_everything_in_a_process_of_its_own(tmp_path):
+    done = subprocess.run([RDD, "list"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in NAMES: assert name in done.stdout
 
 
-def test_help_answers_with_examples(tmp_path):
-    assert "reproduce" in rdd("--help", cwd=tmp_path).stdout
+def test_help_answers_with_examples(rdd):
+    assert "reproduce" in rdd("--help").stdout
     for command in ("list", "compress", "show", "score", "reproduce"):
-        done = rdd(command, "--help", cwd=tmp_path)
+        done = rdd(command, "--help")
         assert done.returncode == 0 and f"rdd {command}" in done.stdout and "Examples" in done.stdout, done.stdout
 
 
-def test_list_knows_everything(tmp_path):
-    done = rdd("list", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for name in ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "(dc)", "(dsa)", "(tm)", "(dd)", "(guard)", "(mat)", "guard_early/table2", "mat/main", "resnet18", "apgd-ce", "mcs/fig2", "mcs/table1"): assert name in done.stdout
-
-
-def test_compress_show_score(tmp_path):
-    done = rdd("compress", "mcs", "mnist5k", "--ipc", 3, "--set", "time_limit=5", "-o", "a/mcs.safetensors", cwd=tmp_path)
+def test_compress_show_score(rdd, tmp_path):
+    done = rdd("compress", "mcs", "mnist5k", "--ipc", 1, "-o", "a/mcs.safetensors")
     assert done.returncode == 0 and "radius" in done.stdout, done.stderr
     made = load_compressed(tmp_path / "a/mcs.safetensors")
-    assert len(made) == 30 and made.weights.sum() == 4000 and made.lower_bound <= made.radius
-    done = rdd("show", "a/mcs.safetensors", "--verify", cwd=tmp_path)
+    assert len(made) == 10 and made.weights.sum() == 4000 and made.lower_bound <= made.radius
+    done = rdd("show", "a/mcs.safetensors", "--verify")
     assert done.returncode == 0 and "certificate verified" in done.stdout, done.stderr
-    done = rdd("show", "a/mcs.safetensors", "--picture", "a/mcs.png", cwd=tmp_path)
+    done = rdd("show", "a/mcs.safetensors", "--picture", "a/mcs.png")
     assert done.returncode == 0 and (tmp_path / "a/mcs.png").stat().st_size > 1000, done.stderr
-    done = rdd("score", "a/mcs.safetensors", "--net", "mlp", "--n-test", 50, "--attack", "quick", "--train", "generalized", "--set", "steps=5", cwd=tmp_path)
+    done = rdd("score", "a/mcs.safetensors", "--net", "mlp", "--n-test", 50, "--attack", "quick", "--train", "generalized", "--set", "steps=5")
     assert done.returncode == 0 and "robust" in done.stdout, done.stderr
 
 
-def test_the_plan_is_the_papers_with_changes(tmp_path):
-    import json
-    done = rdd("compress", "mat", "cifar10", "--ipc", 1, "--plan", "--set", "experts.ema=.99", "--set", "experts.objective.attack.steps=5", cwd=tmp_path)
+def test_the_plan_is_the_papers_with_changes(rdd, tmp_path):
+    done = rdd("compress", "mat", "cifar10", "--ipc", 1, "--plan", "--set", "experts.ema=.99", "--set", "experts.objective.attack.steps=5")
     assert done.returncode == 0 and not os.listdir(tmp_path), done.stderr
     plan = json.loads(done.stdout)
-    assert (plan["student_steps"], plan["lr"], plan["experts"]["ema"], plan["experts"]["objective"]["attack"]["steps"]) == (50, 100., .99, 5)
-    assert plan["experts"]["objective"]["attack"]["threat"]["eps"] == 8 / 255
-    guard = json.loads(rdd("compress", "guard", "cifar10", "--ipc", 10, "--plan", cwd=tmp_path).stdout)
+    attack = plan["experts"]["objective"]["attack"]
+    assert (plan["student_steps"], plan["lr"], plan["experts"]["ema"], attack["steps"]) == (50, 100., .99, 5)
+    assert attack["threat"]["eps"] == 8 / 255
+    guard = json.loads(rdd("compress", "guard", "cifar10", "--ipc", 10, "--plan").stdout)
     assert guard["is"] == "GradientMatching" and guard["real_objective"]["is"] == "Curvature" and guard["iterations"] == 1000
 
 
-def test_a_loss_that_is_no_number_stops_with_one_sentence(tmp_path):
+def test_a_loss_that_is_no_number_stops_with_one_sentence(rdd, tmp_path):
     small = ("experts.n=1", "expert_epochs=1", "max_start=1", "student_steps=3", "net.name=mlp", "alpha=1e30")
-    done = rdd("compress", "tm", "mnist5k", "--ipc", 1, *(w for s in small for w in ("--set", s)), "-o", "x", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("rdd: the loss is ") and "in iteration 0" in done.stderr and not (tmp_path / "x").exists() and done.stderr.count("\n") == 1, done.stderr
+    done = rdd("compress", "tm", "mnist5k", "--ipc", 1, *(w for s in small for w in ("--set", s)), "-o", "x")
+    assert done.returncode == 2 and done.stderr.startswith("rdd: the loss is ") and "in iteration 0" in done.stderr, done.stderr
+    assert not (tmp_path / "x").exists() and done.stderr.count("\n") == 1
 
 
-def test_a_film_of_the_images(tmp_path):
-    done = rdd("compress", "dd", "mnist5k", "--ipc", 1, "--set", "iterations=3", "--set", "batch_real=20", "--set", "net.settings.width=4", "--film", "a/film.png", "-o", "x", cwd=tmp_path)
+def test_a_film_of_the_images(rdd, tmp_path):
+    small = ("iterations=3", "batch_real=20", "net.settings.width=4")
+    done = rdd("compress", "dd", "mnist5k", "--ipc", 1, *(w for s in small for w in ("--set", s)), "--film", "a/film.png", "-o", "x")
     assert done.returncode == 0 and (tmp_path / "a/film.png").stat().st_size > 1000, done.stderr
     assert "lrs" in load_compressed(tmp_path / "x").schedule
 
 
-def test_k_means_what_the_budget_means(tmp_path):
-    done = rdd("compress", "mcs", "mnist5k", "--budget", "joint", "-k", 12, "--gap", .2, "--time-limit", 20, cwd=tmp_path)
+def test_k_means_what_the_budget_means(rdd, tmp_path):
+    done = rdd("compress", "mcs", "mnist5k", "--budget", "joint", "-k", 12, "--gap", .3, "--time-limit", 600)       # less than a second
     assert done.returncode == 0 and "gap" in done.stdout and "certificate verified" in done.stdout, done.stderr
     made = load_compressed(tmp_path / "mcs-mnist5k-joint12.safetensors")
-    assert len(made) == 12 and made.certificate and 1 - made.lower_bound / made.radius <= .2
+    assert len(made) == 12 and made.certificate and 1 - made.lower_bound / made.radius <= .3
 
 
-def test_the_same_command_writes_the_same_bytes(tmp_path):
-    for name in ("a", "b"): assert rdd("compress", "dm", "mnist5k", "--ipc", 1, "--set", "iterations=2", "--set", "batch_real=4", "--seed", 7, "-o", name, cwd=tmp_path).returncode == 0
+def test_the_same_command_writes_the_same_bytes(rdd, tmp_path):
+    words = ("compress", "dm", "mnist5k", "--ipc", 1, "--set", "iterations=2", "--set", "batch_real=4", "--seed", 7)
+    for name in ("a", "b"): assert rdd(*words, "-o", name).returncode == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("line, told", [
     ("compress mcs minst5k --ipc 1 -o x", "did you mean 'mnist5k'"), ("compress mcss mnist5k --ipc 1 -o x", "did you mean 'mcs'"),
-    ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"), ("compress random mnist5k -o x", "either ipc"),
-    ("compress random mnist5k --ipc 1 -o .", "it is a folder"), ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"),
-    ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"), ("compress dc mnist5k --ipc 0 -o x", "ipc must be a whole number >= 1, got 0"),
-    ("compress dc mnist5k --ipc 1 --set batch_real=401 -o x", "batch_real=401 asks for more images than class 0"), ("compress random mnist5k --ipc 1 --film x.png -o x", "--film is for methods"),
-    ("compress guard mnist5k --ipc 1 --set real_objective.lamda=2 -o x", "did you mean 'lam'"), ("compress mat mnist6k --ipc 1 --plan", "did you mean 'mnist5k'"),
-    ("compress tm mnist5k --ipc 1 --set max_start=60 -o x", "experts that have epochs=50"), ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"),
-    ("compress mcs mnist5k -k 1 --ipc 1", "give one of"), ("compress mcs mnist5k --budget all -k 1", "'all'"), ("compress random mnist5k --budget joint -k 9", "budget"),
-    ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"), ("score broken.safetensors", "not a compressed set"),
-    ("reproduce mcs/fig9", "mcs/fig"), ("reproduce mcs/fig1 --profile fast", "smoke"), ("list things", "unknown list 'things'")])
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, line, told):
+    ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"),
+    ("compress random mnist5k -o x", "either ipc"), ("compress random mnist5k --ipc 1 -o .", "it is a folder"),
+    ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"), ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"),
+    ("compress dc mnist5k --ipc 0 -o x", "ipc must be a whole number >= 1, got 0"),
+    ("compress dc mnist5k --ipc 1 --set batch_real=401 -o x", "batch_real=401 asks for more images than class 0"),
+    ("compress random mnist5k --ipc 1 --film x.png -o x", "--film is for methods"),
+    ("compress guard mnist5k --ipc 1 --set real_objective.lamda=2 -o x", "did you mean 'lam'"),
+    ("compress mat mnist6k --ipc 1 --plan", "did you mean 'mnist5k'"),
+    ("compress tm mnist5k --ipc 1 --set max_start=60 -o x", "experts that have epochs=50"),
+    ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"), ("compress mcs mnist5k -k 1 --ipc 1", "give one of"),
+    ("compress mcs mnist5k --budget all -k 1", "'all'"), ("compress random mnist5k --budget joint -k 9", "budget"),
+    ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"),
+    ("score broken.safetensors", "not a compressed set"), ("reproduce mcs/fig9", "mcs/fig"),
+    ("reproduce mcs/fig1 --profile fast", "smoke"), ("list things", "unknown list 'things'")])
+def test_a_mistake_is_one_sentence_and_exit_code_2(rdd, tmp_path, line, told):
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    done = rdd(*line.split(), cwd=tmp_path)
+    done = rdd(*line.split())
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, (done.returncode, done.stderr)
     assert done.stderr.startswith("rdd: ") and done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["broken.safetensors"]
+    assert {*os.listdir(tmp_path)} - {"store"} == {"broken.safetensors"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_though_asked(tmp_path):
-    done = rdd("compress", "dm", "mnist5k", "--ipc", 1, "--device", "cuda", "-o", "x", cwd=tmp_path)
+def test_no_gpu_though_asked(rdd, tmp_path):
+    done = rdd("compress", "dm", "mnist5k", "--ipc", 1, "--device", "cuda", "-o", "x")
     assert done.returncode == 2 and "sees no GPU" in done.stderr and not os.listdir(tmp_path)
 
 
-def test_an_interrupted_distiller_goes_on_to_the_same_bytes(tmp_path):
-    words = ["compress", "dm", "mnist5k", "--ipc", "1", "--set", "iterations=1500", "--set", "batch_real=2", "--set", "net.name=mlp", "--set", "augment=crop"]
-    run = subprocess.Popen([RDD, *words, "-o", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"},
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a shell starts background jobs with Ctrl-C ignored
-    while not (tmp_path / "cut.checkpoint").exists() and run.poll() is None: time.sleep(.05)
-    run.send_signal(signal.SIGINT)
-    _, told = run.communicate(timeout=60)
-    assert run.returncode == 130 and "the same command goes on" in told and not (tmp_path / "cut").exists(), (run.returncode, told)
-    for name in ("cut", "whole"): assert rdd(*words, "-o", name, cwd=tmp_path).returncode == 0
+INTERRUPTED = """
+import os, signal, sys
+from rdd_lib.distill import synthetic
+from rdd_lib.reproduce.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell starts background jobs with Ctrl-C ignored
+start, look = synthetic._Keeper.__init__, synthetic.Story.look
+def eager(self, *args):
+    start(self, *args)
+    self.pause = 0.                                            # the first iteration is saved, and not only after two seconds
+def stopping(self, s, it, last):
+    look(self, s, it, last)
+    if it == 5: os.kill(os.getpid(), signal.SIGINT)
+synthetic._Keeper.__init__, synthetic.Story.look = eager, stopping
+main()"""
+
+
+def test_an_interrupted_distiller_goes_on_to_the_same_bytes(rdd, tmp_path):
+    "A process that gets Ctrl-C; its run goes on here, and ends in the bytes of a run that was never interrupted."
+    small = ("iterations=20", "batch_real=2", "net.name=mlp", "augment=crop")
+    words = ["compress", "dm", "mnist5k", "--ipc", "1", *(w for s in small for w in ("--set", s))]
+    cut = subprocess.run([sys.executable, "-c", INTERRUPTED, *words, "-o", "cut"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert cut.returncode == 130 and "the same command goes on" in cut.stderr, (cut.returncode, cut.stderr)
+    assert {*os.listdir(tmp_path)} == {"cut.checkpoint"}
+    for name in ("cut", "whole"): assert rdd(*words, "-o", name).returncode == 0
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["cut", "whole"]
+    assert {*os.listdir(tmp_path)} == {"cut", "whole"}

@@ -1,10 +1,11 @@
 "Covering on instances small enough to try everything: ties, equal points, bytes and floats, hurried runs, matrices that are no metric."
-import _thread, itertools, logging, random, signal, threading
+import _thread, itertools, logging, random, signal
 from math import inf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from conftest import many
 from rdd_lib.core import BadArgument, UnknownName, generator
 from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K, set_cover as S
 
@@ -76,7 +77,7 @@ def test_refusals(bad, says):
 
 # --- eta-MCS -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", many(60))
 def test_fewest_balls(seed):
     x, norm = points(seed), NORMS[seed % 3]
     space = D.space_of(x, norm=norm)
@@ -87,7 +88,7 @@ def test_fewest_balls(seed):
         assert c.radius <= eta * (1 + 1e-9) and c.weights("assigned").sum() == len(x) <= c.weights("ball").sum()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", many(20))
 def test_fewest_balls_label_by_label(seed):
     x = points(seed, n=9); y = torch.arange(9) % 3
     y[8] = 7                                                                    # a class of one point
@@ -146,7 +147,7 @@ def test_a_wrong_cover_from_a_solver_is_not_believed(monkeypatch):
 
 # --- k-MCS ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", many(120))
 def test_smallest_radius(seed):
     x, norm = points(seed), NORMS[seed % 3]
     space = D.space_of(x, norm=norm)
@@ -156,7 +157,7 @@ def test_smallest_radius(seed):
     assert c.radius == 0
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", many(40))
 def test_budgets(seed):
     x = points(seed, n=8); y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])                    # the last class has one point
     per, total, joint = K.k_mcs(x, 1, labels=y), K.k_mcs(x, 4, labels=y, budget="total"), K.k_mcs(x, 4, labels=y, budget="joint")
@@ -169,7 +170,7 @@ def test_budgets(seed):
     with pytest.raises(BadArgument, match="cannot cover 3 classes"): K.k_mcs(x, 2, labels=y, budget="total")
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", many(40))
 def test_matrices_need_no_triangle_inequality(seed):
     g = generator(seed, "matrix")
     d = torch.randint(1, 9, (7, 7), generator=g)
@@ -211,13 +212,20 @@ def test_same_seed_same_cover_and_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ctrl_c_keeps_the_best_so_far():
-    x = torch.rand(3000, 30, generator=generator(8), dtype=torch.float64)
-    K.k_mcs(x[:50], 3)                                                                    # what is compiled on first use
+def test_ctrl_c_keeps_the_best_so_far(monkeypatch):
+    x, prove = torch.rand(3000, 30, generator=generator(8), dtype=torch.float64), K._prove
+
+    def proves(task, part):
+        "Ctrl-C as soon as there is a first bound."
+        known = task.now.lower > 0
+        prove(task, part)
+        if task.now.lower > 0 and not known: _thread.interrupt_main()
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)                     # some shells start programs with Ctrl-C ignored
-    threading.Timer(2, _thread.interrupt_main).start()
-    try: c = K.k_mcs(x, 30, time_limit=120)
-    finally: signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as m:
+        m.setattr(K, "_prove", proves)
+        try: c = K.k_mcs(x, 30, time_limit=3600)
+        finally: signal.signal(signal.SIGINT, before)
     c.check(x)
     assert c.interrupted and "interrupted" in repr(c) and len(c) == 30 and 0 < c.lower_bound < c.radius
     assert not K.k_mcs(x[:50], 3).interrupted

@@ -5,6 +5,7 @@ from math import inf
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from conftest import many
 from rdd_lib.core import BadArgument, generator
 from rdd_lib.covering import distances as D, guarantee as G, relaxed as R
 
@@ -43,11 +44,11 @@ def test_between_the_bound_and_the_best(seed, n, k, kind, norm, steps):
 
 
 def test_mostly_the_best():
-    hits = 0
-    for seed in range(60):
+    misses = 0
+    for seed in many(60):
         x = points(seed, 9, seed % 3)
-        hits += close(R.relaxed_mcs(x, 3, seed=seed).value, best_mean(D.space_of(x), 3))
-    assert hits >= 57
+        misses += not close(R.relaxed_mcs(x, 3, seed=seed).value, best_mean(D.space_of(x), 3))
+    assert misses <= len(many(60)) // 20
 
 
 @pytest.mark.parametrize("seed", range(15))
@@ -63,7 +64,7 @@ def test_label_by_label(seed):
     with pytest.raises(BadArgument, match="of label 9"): R.relaxed_mcs(x, 3, labels=y)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", many(30))
 def test_matrices_need_no_triangle_inequality(seed):
     d = torch.triu(torch.randint(1, 9, (8, 8), generator=generator(seed, "matrix")), 1)
     d = d + d.T
