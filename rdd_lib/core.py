@@ -122,7 +122,7 @@ def _plain(value):
 
 # %% ../nbs/00_core.ipynb #5d21c0e8
 def plain(o, what: str = "value"):   # what to call it in the message
-    "`o` as JSON can hold it: numbers as Python's own, in lists, tuples and dicts. Raises `BadArgument` for anything else."
+    "`o` as JSON can hold it: numbers as Python's own, in lists, tuples and dicts. Raises `BadArgument`."
     if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): return o.tolist()
     if isinstance(o, dict): return {str(k): plain(v, f"{what}[{k!r}]") for k, v in o.items()}
     if isinstance(o, (list, tuple)): return type(o)(plain(v, what) for v in o)
