@@ -38,10 +38,12 @@ class Compressed(ImageSet):
             t = getattr(self, name)
             if t is None: continue
             check(torch.is_tensor(t), f"{name} must be a torch tensor, got {type(t).__name__}")
-            check(len(t) == len(self), f"{name} must have one entry for each of {len(self)} images, got {tuple(t.shape)}")
-            check(t.shape[1:] == tail, f"{name} must be of shape {(len(self), *tail)}, got {tuple(t.shape)}")
-            ok, kind = (t.dtype == torch.int64, "int64") if name == "indices" else (t.is_floating_point(), "floating point")
-            check(ok, f"{name} must be {kind}, got {t.dtype}")
+            shape, n = tuple(t.shape), len(self)
+            check(shape[:1] == (n,), f"{name} must have one entry for each of {n} images, got {shape}")
+            check(shape == (n, *tail), f"{name} must be of shape {(n, *tail)}, got {shape}")
+            whole = name == "indices"
+            check(t.dtype == torch.int64 if whole else t.is_floating_point(),
+                  f"{name} must be {'int64' if whole else 'floating point'}, got {t.dtype}")
         check(self.weights is None or bool((self.weights >= 0).all()) and bool(self.weights.sum() > 0), "weights must be >= 0, not all 0, and not NaN")
         for name in ("radius", "lower_bound", "schedule", "provenance"):
             object.__setattr__(self, name, plain(getattr(self, name), name))       # said now, not when the set is saved
