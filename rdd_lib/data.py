@@ -300,7 +300,9 @@ def decoded(path: str | Path,
     Grey of 16 bits is divided by 257, what is transparent is composited on white, and EXIF's orientation is applied."""
     from PIL import Image
     try:
-        with Image.open(path) as image: return _eight_bits(_upright(image)).convert("L" if channels == 1 else "RGB")
+        with Image.open(path) as image:
+            image.load()                                # what is cut off shows here
+            return _eight_bits(_upright(image)).convert("L" if channels == 1 else "RGB")
     except Exception as e:
         raise BrokenFile(f"{str(path)!r} cannot be read as an image ({type(e).__name__}: {e})") from None
 
