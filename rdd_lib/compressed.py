@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 import rdd_lib
-from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, generator, lookup, with_settings
+from .core import (BrokenFile, atomic, check, check_whole, describe, lookup, plain, require_readable,
+                          with_settings)
 from .data import ImageSet, shares, show_images
 
 # %% ../nbs/03_compressed.ipynb #fef72433
@@ -33,11 +34,19 @@ class Compressed(ImageSet):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, width in (("weights", 1), ("indices", 1), ("soft_labels", 2)):
+        for name, tail in (("weights", ()), ("indices", ()), ("soft_labels", (self.n_classes,))):
             t = getattr(self, name)
-            check(t is None or t.dim() == width and len(t) == len(self), f"{name} must have one entry for each of {len(self)} images, got "
-                  f"{None if t is None else tuple(t.shape)}")
+            if t is None: continue
+            check(torch.is_tensor(t), f"{name} must be a torch tensor, got {type(t).__name__}")
+            shape, n = tuple(t.shape), len(self)
+            check(shape[:1] == (n,), f"{name} must have one entry for each of {n} images, got {shape}")
+            check(shape == (n, *tail), f"{name} must be of shape {(n, *tail)}, got {shape}")
+            whole = name == "indices"
+            check(t.dtype == torch.int64 if whole else t.is_floating_point(),
+                  f"{name} must be {'int64' if whole else 'floating point'}, got {t.dtype}")
         check(self.weights is None or bool((self.weights >= 0).all()) and bool(self.weights.sum() > 0), "weights must be >= 0, not all 0, and not NaN")
+        for name in ("radius", "lower_bound", "schedule", "provenance"):
+            object.__setattr__(self, name, plain(getattr(self, name), name))       # said now, not when the set is saved
 
     @property
     def ipc(self) -> float: return len(self) / self.n_classes
@@ -95,7 +104,7 @@ def load_compressed(path: str | Path,   # what `save` wrote; or a .pt or .pth fi
     check(data is None and not published,
           f"data and {', '.join(published) or 'stats'} are for published .pt files and folders; {str(path)!r} says of itself what it is")
     from safetensors import SafetensorError, safe_open
-    check(Path(path).is_file(), f"no such file: {str(path)!r}", MissingData)
+    require_readable(path)
     try:
         with safe_open(path, "pt") as f:
             tensors, header = {n: f.get_tensor(n) for n in f.keys()}, json.loads((f.metadata() or {})["rdd_lib"])
@@ -118,13 +127,13 @@ def budget(data: ImageSet,
     check(balance in BALANCES, f"balance must be 'equal', 'proportional' or None, got {balance!r}")
     check((ipc is None) != (total is None), f"give either ipc (images per class) or total (images in all), got ipc={ipc}, total={total}")
     name, value = ("ipc", ipc) if total is None else ("total", total)
-    check_whole(name, value)
+    value = check_whole(name, value)
     if balance != "equal":
-        wanted = value if ipc is None else ipc * data.n_classes
+        wanted = value if ipc is None else value * data.n_classes
         check(wanted <= len(data), f"{name}={value} asks for {wanted} images, but {data.name}/{data.split} has {len(data)}")
         return shares([len(rows) for rows in data.per_class], wanted)
     check(total is None or total >= data.n_classes, f"total must be at least the number of classes, {data.n_classes}, got {total}")
-    counts = [ipc] * data.n_classes if total is None else shares([1] * data.n_classes, total)
+    counts = [value] * data.n_classes if total is None else shares([1] * data.n_classes, value)
     for c, (have, want) in enumerate(zip(map(len, data.per_class), counts)):
         check(have, f"class {c} ({data.classes[c]}) has no images in {data.name}/{data.split}")
         check(want <= have, f"{name}={value} asks for {want} images of class {c} ({data.classes[c]}), but {data.name}/{data.split} has {have}")
@@ -152,7 +161,8 @@ class Compressor:
                 ) -> Compressed:
         "Compress `data`. Same data, settings, seed and device: same bytes."
         counts = self.counts(data, ipc, total)
-        generator(seed)                                         # a bad seed is refused before the work
+        seed = check_whole("seed", seed, 0)                     # a bad seed is refused before the work
+        ipc, total = plain(ipc), plain(total)                   # and NumPy's numbers have no place in a provenance
         made = self.make(data, counts, seed, device, **run)
         if "x" not in made: made |= {"x": data.x[made["indices"]], "y": data.y[made["indices"]]}
         source = {"name": data.name, "split": data.split, "images": len(data), "fingerprint": data.fingerprint}

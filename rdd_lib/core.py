@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
-           'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'subseed', 'generator', 'drawn', 'seeded',
-           'device_of', 'atomic', 'require_writable', 'kept', 'keep_heap', 'progress', 'check_images']
+           'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'plain', 'subseed', 'generator', 'drawn',
+           'seeded', 'device_of', 'writing', 'atomic', 'require_writable', 'require_readable', 'set_aside', 'recalled',
+           'kept', 'keep_heap', 'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
-import contextlib, hashlib, json, os, sys, tempfile, time, warnings
+import contextlib, hashlib, json, os, re, sys, tempfile, time, warnings
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 # %% ../nbs/00_core.ipynb #3e2a6bb2
 class RddError(Exception):
@@ -46,9 +48,11 @@ def check(ok,            # what must hold
     if not ok: raise error(message)
 
 # %% ../nbs/00_core.ipynb #6bb038dc
-def check_whole(name: str, value, least: int = 1) -> None:
+def check_whole(name: str, value, least: int = 1) -> int:   # `value`, NumPy's integers as Python's
     "Raise `BadArgument` unless `value` is a whole number of at least `least`."
-    check(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least, f"{name} must be a whole number >= {least}, got {value!r}")
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    check(whole and value >= least, f"{name} must be a whole number >= {least}, got {value!r}")
+    return int(value)
 
 # %% ../nbs/00_core.ipynb #cfc41720
 def lookup(name: str,    # what the user typed
@@ -116,6 +120,16 @@ def _plain(value):
     try: return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError: return value
 
+# %% ../nbs/00_core.ipynb #5d21c0e8
+def plain(o, what: str = "value"):   # what to call it in the message
+    "`o` as JSON can hold it: numbers as Python's own, in lists, tuples and dicts. Raises `BadArgument`."
+    if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): return o.tolist()
+    if isinstance(o, dict): return {str(k): plain(v, f"{what}[{k!r}]") for k, v in o.items()}
+    if isinstance(o, (list, tuple)): return type(o)(plain(v, what) for v in o)
+    ok = isinstance(o, (int, float, str, bool, type(None)))
+    check(ok, f"{what} must be plain data (numbers, strings, lists, dicts), got {o!r:.60}")
+    return o
+
 # %% ../nbs/00_core.ipynb #e09372c5
 def subseed(seed: int,   # the seed of the whole
             *names,      # what this part is called: strings or numbers
@@ -156,12 +170,30 @@ def device_of(name="auto") -> torch.device:
     return device
 
 # %% ../nbs/00_core.ipynb #e2c55d76
+@contextlib.contextmanager
+def writing(path,         # what is to be written
+            tmp=None,     # the file or folder that stands for it meanwhile: errors about other files pass
+           ):
+    "What the system has against writing `path` in this block (no permission, a full disk, ...) is an `Unwritable`."
+    try: yield
+    except (OSError, SafetensorError) as e:
+        reason = None if isinstance(e, RddError) else _refusal(e, tmp)
+        if reason is None: raise
+        raise Unwritable(f"cannot write {str(path)!r}: {reason}") from None
+
+def _refusal(e, tmp):
+    "What the system said, or None for an error that is not about writing `tmp`."
+    if isinstance(e, OSError):
+        ours = tmp is None or e.filename is None or str(e.filename).startswith(str(tmp))
+        return (e.strerror or str(e)) if ours else None
+    code = re.search(r"(?:os error|code:) (\d+)", str(e))      # safetensors' own errors hold the system's as text
+    return code and os.strerror(int(code[1]))
+
 def _temporary(path):
     "An empty file beside `path`."
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}") from None
     os.close(handle)
     return tmp
 
@@ -171,10 +203,10 @@ def atomic(path):
     path = Path(path)
     tmp = _temporary(path)
     try:
-        yield Path(tmp)
-        os.chmod(tmp, 0o644)
-        try: os.replace(tmp, path)
-        except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}") from None
+        with writing(path, tmp):
+            yield Path(tmp)
+            os.chmod(tmp, 0o644)
+            os.replace(tmp, path)
     finally:
         Path(tmp).unlink(missing_ok=True)
 
@@ -186,11 +218,42 @@ def require_writable(path) -> Path:
     Path(_temporary(path)).unlink()
     return path
 
+# %% ../nbs/00_core.ipynb #5d21c0eb
+def require_readable(path) -> Path:
+    "`path`, if it is a file that may be read. Raises `MissingData`, `BrokenFile`."
+    try:
+        check(Path(path).is_file(), f"no such file: {str(path)!r}", MissingData)
+        with open(path, "rb"): return Path(path)
+    except OSError as e:
+        if isinstance(e, RddError): raise
+        raise BrokenFile(f"cannot read {str(path)!r}: {e.strerror or e}") from None
+
+def set_aside(path, reason, what: str) -> None:   # what: "the result file"
+    "Rename a broken file to *.broken, so that one can look at it, and say so."
+    aside = Path(path).with_name(Path(path).name + ".broken")
+    try: os.replace(path, aside)
+    except OSError: aside = Path(path)
+    said = f"{what} {str(path)!r} is broken ({reason}); it is kept as {aside.name!r} and counts as not computed"
+    warnings.warn(said, RuntimeWarning, stacklevel=4)
+
+def recalled(path, read, what: str):
+    """`read(path)`, or None where there is no such file, or one that is not whole, which is set aside.
+
+    Raises `BrokenFile` for a file that may not be read."""
+    try: require_readable(path)
+    except MissingData: return None
+    try: return read(path)
+    except (SafetensorError, BrokenFile, KeyError, TypeError, ValueError) as e: set_aside(path, e, what)
+
 # %% ../nbs/00_core.ipynb #840c664b
-def kept(what: str) -> Path:   # "cells", "compressed", "signals"
-    "The folder where one kind of finished work is kept: `$RDD_STORE` for cells and its neighbours for the rest, else under `$XDG_CACHE_HOME` or `~/.cache`."
-    cells = Path(os.environ.get("RDD_STORE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rdd_lib" / "cells").expanduser()
-    return cells if what == "cells" else cells.parent / what
+def kept(what: str) -> Path:   # "data", "cells", "compressed", "signals", ...
+    """The folder where one kind of thing is kept: `$RDD_DATA` for data sets, `$RDD_STORE` for cells, and its neighbours
+    for the rest; else under `$XDG_CACHE_HOME` or `~/.cache`. Raises `MissingData` where there is no home folder."""
+    variable, kind = ("RDD_DATA", "data") if what == "data" else ("RDD_STORE", "cells")
+    folder = os.environ.get(variable) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "rdd_lib", kind)
+    try: folder = Path(folder).expanduser()
+    except RuntimeError: raise MissingData(f"there is no home folder for {folder!r}; set {variable} to one") from None
+    return folder if what == kind else folder.parent / what
 
 # %% ../nbs/00_core.ipynb #2cc2af69
 def keep_heap() -> None:

@@ -104,6 +104,7 @@ def statistics(data: ImageSet) -> tuple[Tensor, Tensor]:  # mean and standard de
 # %% ../nbs/02_models.ipynb #6f5c7786
 class Normalized(nn.Module):
     "`model((x - mean) / std)` for pixels x in [0, 1]."
+    classes = None     # their names, in the order of the logits: `build` notes them
     def __init__(self, model: nn.Module, mean: Tensor, std: Tensor):
         super().__init__()
         self.model = model
@@ -128,7 +129,9 @@ def build(name: str,        # one of `MODELS`
     try:
         with seeded(seed): net = make(channels, data.n_classes, height, **settings)
     except TypeError as e: check(False, f"model {name!r} cannot take these settings {settings}: {e}")
-    return Normalized(net, *statistics(data)).eval()
+    model = Normalized(net, *statistics(data)).eval()
+    model.classes = data.classes
+    return model
 
 # %% ../nbs/02_models.ipynb #3cfdb98b
 @dataclass(frozen=True)

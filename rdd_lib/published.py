@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .compressed import Compressed
-from .core import BadArgument, BrokenFile, MissingData, Unwritable, atomic, check, lookup, progress
-from .data import ARRAY_CLASSES, DATASETS, DIGITS, IMAGENETTE, ImageSet
+from .core import (BadArgument, BrokenFile, MissingData, Unwritable, atomic, check, lookup, progress,
+                          require_readable, writing)
+from .data import (ARRAY_CLASSES, ARRAY_SHAPES, DATASETS, DIGITS, IMAGENETTE, ImageSet, channel_axis, class_folders,
+                          decoded, pictures_in)
 from .models import STATS, Normalized, statistics
 
 # %% ../nbs/04_published.ipynb #292db3ea
@@ -32,7 +34,7 @@ def _harmless():
 
 def read_torch(path: str | Path):
     "What `torch.save` wrote, if it is tensors, numbers, strings, lists and dicts; nothing in the file is run. Raises `MissingData`, `BrokenFile`."
-    check(Path(path).is_file(), f"no such file: {str(path)!r}", MissingData)
+    require_readable(path)
     try:
         with torch.serialization.safe_globals(_harmless()): return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                 # a broken file can raise anything
@@ -177,7 +179,7 @@ def _probabilities(rows, soft, temperature, name):
 # %% ../nbs/04_published.ipynb #6f32e710
 _NUMBERED = {name: tuple(map(str, range(k))) for name, k in (("tiny_imagenet", 200), ("imagenet", 1000))}
 _CLASSES = ARRAY_CLASSES | {"mnist5k": DIGITS, "imagenette": tuple(IMAGENETTE.values())} | _NUMBERED
-_SHAPES = dict.fromkeys(("mnist", "mnist5k", "fashion_mnist"), (1, 28, 28)) | dict.fromkeys(("cifar10", "cifar100", "svhn"), (3, 32, 32))
+_SHAPES = ARRAY_SHAPES | {"mnist5k": ARRAY_SHAPES["mnist"]}
 
 def _target(data, path):
     "(name, class names, shape or None) of the data set that a published set compresses."
@@ -187,8 +189,17 @@ def _target(data, path):
     return data, _CLASSES[data], _SHAPES.get(data)
 
 def _fitting(x, shape, name, path):
-    sizes = ["x".join(map(str, s or ())) for s in (x.shape[1:], shape)]
-    check(shape is None or tuple(x.shape[1:]) == shape, f"{str(path)!r} has images of {sizes[0]}, {name} of {sizes[1]}")
+    "`x` as (N, C, H, W): turned where its shape is the data set's only as (N, H, W, C)."
+    axis = _channels_at(tuple(x.shape), shape)
+    here, there = ("x".join(map(str, s)) for s in (x.shape[1:], shape or ("3 channels",)))
+    check(axis, f"{str(path)!r} has images of {here}, {name} of {there}")
+    return x if axis == 1 else x.permute(0, 3, 1, 2).contiguous()
+
+def _channels_at(found, shape):
+    "The axis of the channels, 1 or 3, or None for images that are not of this shape (None: any size, 3 channels)."
+    if shape is None: return channel_axis(found, 3)
+    if found[1:] == shape: return 1
+    return 3 if (found[3], *found[1:3]) == shape else None
 
 # %% ../nbs/04_published.ipynb #d95ab8b9
 def _default_stats(v, layout, path):
@@ -209,8 +220,16 @@ def _unwhiten(v, zca, path):
     return zca.undo(v) if isinstance(zca, Whitening) else v
 
 def _lr_beside(path):
-    lr = path.with_name("lr.pt")
-    return {"lr": float(str(np.float32(read_torch(lr))))} if lr.is_file() else None       # .02, not .019999999552965164
+    "The learning rate that was learned with images: in lr_best.pt beside images_best.pt, and so on, else in lr.pt."
+    own = path.with_name(re.sub("images(_zca)?", "lr", path.name))
+    lr = next((p for p in (own, path.with_name("lr.pt")) if p != path and p.is_file()), None)
+    if lr is None: return None
+    value = read_torch(lr)
+    value = value.tolist() if torch.is_tensor(value) and value.numel() == 1 else value
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    ok = isinstance(value, (int, float)) and 0 < value < np.inf
+    check(ok, f"{str(lr)!r} must hold one learning rate > 0, got {value!r:.60}", BrokenFile)
+    return {"lr": float(str(np.float32(value)))}                     # .02, not .019999999552965164
 
 def _reported(o):
     "The accuracies that DC's files bring along: how many, and their mean."
@@ -229,6 +248,8 @@ def load_published(path: str | Path,                   # a .pt or .pth file, or 
     """A distilled set as other code bases publish it.
 
     Raises `MissingData`, `BrokenFile` (also for a file that would run code), and `BadArgument` where images, labels, classes or statistics do not fit.
+    Images are (N, C, H, W); they are turned where their shape is the data set's only as (N, H, W, C). In image files
+    grey of 16 bits is divided by 257, what is transparent is composited on white, and EXIF's orientation is applied.
     Not read: FKD's labels of augmented views (`epoch_*/batch_*.tar`), IDC's images of several parts each (`factor` > 1: they are read as they are), KIP's `.npz`."""
     path = Path(path)
     check(path.exists(), f"no such file or folder: {str(path)!r}", MissingData)
@@ -240,10 +261,12 @@ def load_published(path: str | Path,                   # a .pt or .pth file, or 
     o = read_torch(path)
     if isinstance(o, dict) and "rdd_lib" in o: return _same(_restored(o, path), data)
     layout, sets = _sets(o, path)
-    check(isinstance(which, int) and 0 <= which < len(sets), f"which must be in 0 ... {len(sets) - 1}, the sets in {str(path)!r}, got {which!r}")
+    ok = isinstance(which, (int, np.integer)) and 0 <= which < len(sets)
+    check(ok, f"which must be in 0 ... {len(sets) - 1}, the sets in {str(path)!r}, got {which!r}")
+    which = int(which)
     v, y = sets[which]
     v, (name, classes, shape) = v.detach(), _target(data, path)
-    _fitting(v, shape, name, path)
+    v = _fitting(v, shape, name, path)
     hard, rows = _labels(y, len(v), classes, soft, temperature, path.name)
     v = _unwhiten(v, zca, path)
     if stats is None: stats = "pixels" if isinstance(zca, Whitening) else _default_stats(v, layout, path)
@@ -273,7 +296,7 @@ def _soft_file(soft):
     return rows[0]
 
 def _opened(read, path):
-    check(Path(path).is_file(), f"no such file: {str(path)!r}", MissingData)
+    require_readable(path)
     try: return read(path)
     except Exception as e: raise BrokenFile(f"{str(path)!r} cannot be read ({type(e).__name__}: {e})") from None
 
@@ -286,26 +309,23 @@ def _tensors_in(folder):
     return found[0] if found else None
 
 # %% ../nbs/04_published.ipynb #ee0a19b8
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
 def _image_files(root, classes):
-    "[(file, label), ...] of class folders, in ImageFolder's order."
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and any(f.suffix.lower() in _SUFFIXES for f in p.iterdir()))
+    "[(file, label), ...] of class folders, in ImageFolder's order; folders without images are passed over."
+    images = {p: files for p in class_folders(root) if (files := sorted(pictures_in(p)))}
+    folders = list(images)
     check(folders, f"{str(root)!r} holds neither images*.pt nor folders with images", BrokenFile)
     numbers, named = [re.fullmatch(r"(?:new)?(\d+)", p.name) for p in folders], {c: i for i, c in enumerate(classes)}
     by_name = all(p.name in named for p in folders)
-    check(by_name or all(numbers) or len(folders) == len(classes),
+    odd = [p.name for p, n in zip(folders, numbers) if p.name not in named and not n]
+    check(len(odd) in (0, len(folders)), f"{str(root)!r} has images in {odd[:1]}, no class, beside its class folders")
+    check(by_name or all(numbers) or len(odd) == len(classes),
           f"{str(root)!r} has {len(folders)} class folders ({folders[0].name!r}, ...), but its data set has {len(classes)} classes")
     labels = [named[p.name] for p in folders] if by_name else [int(n[1]) for n in numbers] if all(numbers) else range(len(folders))
-    return [(f, c) for p, c in zip(folders, labels) for f in sorted(p.iterdir()) if f.suffix.lower() in _SUFFIXES]
+    return [(f, c) for p, c in zip(folders, labels) for f in images[p]]
 
 def _decoded(files, channels):
     "All images as (N, C, H, W) uint8. Raises `BrokenFile`, `BadArgument` if their sizes differ."
-    from PIL import Image
-    def one(file):
-        try:
-            with Image.open(file) as image: return np.atleast_3d(np.asarray(image.convert("L" if channels == 1 else "RGB")))
-        except Exception as e: raise BrokenFile(f"{str(file)!r} cannot be read as an image ({type(e).__name__}: {e})") from None
+    one = lambda file: np.atleast_3d(np.asarray(decoded(file, channels)))
     with ThreadPoolExecutor() as pool: images = list(progress(pool.map(one, files), total=len(files), desc="images"))
     odd = [(f, i.shape) for f, i in zip(files, images) if i.shape != images[0].shape][:1]
     for f, shape in odd: raise BadArgument(f"all images must have one size: {str(files[0])!r} is {images[0].shape[:2]}, {str(f)!r} is {shape[:2]}")
@@ -320,7 +340,7 @@ def _load_folder(root, data, stats, soft, temperature, zca):
     if soft is None:
         beside = [root / f"soft_labels{suffix}" for suffix in (".pt", ".npy", ".safetensors") if (root / f"soft_labels{suffix}").is_file()]
         soft = _soft_file(beside[0]) if beside else None
-    _fitting(x, shape, name, root)
+    x = _fitting(x, shape, name, root)
     hard, rows = _labels(torch.tensor(labels), len(x), classes, soft, temperature, root.name)
     return Compressed(x, hard, classes, name, soft_labels=rows, provenance=_story(root, "folder", name, pixels={"stats": "bytes"}))
 
@@ -380,13 +400,13 @@ def _same(made, data):
 @contextmanager
 def _whole_folder(path):
     "Yields a new folder that takes the name `path` when the block ends well. Raises `Unwritable`."
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}") from None
     try:
-        yield tmp
-        tmp.chmod(0o755)
+        with writing(path, tmp):
+            yield tmp
+            tmp.chmod(0o755)
         try: os.replace(tmp, path)
         except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}; a folder that holds something is not replaced") from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
@@ -482,7 +502,8 @@ def _canonical(names):
 # %% ../nbs/04_published.ipynb #8b9b3d62
 def load_weights(model: nn.Module,          # what `build` gives, or a bare network
                  path: str | Path,          # .pt, .pth, .tar (by torch.save) or .safetensors
-                 stats=None,                # the (mean, std) the weights expect, such as `published_stats("dc", "cifar10")`; None: the file's own, else the model's stay
+                 stats=None,                # what they expect: see `stats_of`; None: the file's own, else the model's
+                 data: str | ImageSet | None = None,   # beside a code base as `stats`: the data set, or its name
                 ) -> nn.Module:             # `model`, with the weights in it
     """Load a published state dict into one of our networks.
 
@@ -500,15 +521,16 @@ def load_weights(model: nn.Module,          # what `build` gives, or a bare netw
     check(not wrong, f"{str(path)!r} does not fit this {type(net).__name__}, nothing was loaded: {'; '.join(wrong[:8])}{more}{hint}")
     bad = [n for n, t in given.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     check(not bad, f"{str(path)!r} holds NaN or infinite weights in {', '.join(bad[:4])}", BrokenFile)
-    constants = _expected(model, stats, own)
+    constants = _expected(model, stats, data, own)
     net.load_state_dict(here | {ours[c]: given[theirs[c]].to(here[ours[c]].dtype) for c in ours})
     for buffer, value in constants.items(): getattr(model, buffer).copy_(value)
     return model
 
-def _expected(model, stats, own):
+def _expected(model, stats, data, own):
     "{buffer of a Normalized: value}: the statistics that the weights expect."
     if stats is None: return own if isinstance(model, Normalized) and len(own) == 2 and own["mean"].shape == model.mean.shape else {}
     check(isinstance(model, Normalized), f"stats is for a model that normalises (what build gives), got a {type(model).__name__}")
-    check(not isinstance(stats, str) or stats == "pixels" or "/" in stats,
-          f"stats must be (mean, std), such as published_stats({stats!r}, 'cifar10'), got {stats!r}")
-    return dict(zip(("mean", "std"), stats_of(stats, None, len(model.mean))))
+    code = isinstance(stats, str) and stats != "pixels" and "/" not in stats
+    check(not code or data is not None, f"stats={stats!r} knows several data sets: give data=, such as data='cifar10'")
+    name = data.name if isinstance(data, ImageSet) else data
+    return dict(zip(("mean", "std"), stats_of(stats, name, len(model.mean))))

@@ -607,7 +607,8 @@ def test_refusals_of_load_weights(tmp_path):
         with pytest.raises(BrokenFile, match="holds no state dict"): load_weights(build("convnet", d, width=8), tmp_path / "o.pt")
     torch.save(lived_in(lambda: TheirConvNet(3, 32, "instance")).state_dict(), tmp_path / "w.pt")
     model = build("convnet", d, width=8)
-    for bad, told in (("dc", r"such as published_stats\('dc'"), (((.1, .1), (.2, .2)), "for each of 3 channels"), (((.1,), (0.,)), "stds > 0")):
+    for bad, told in (("dc", "knows several data sets: give data="), (((.1, .1), (.2, .2)), "each of 3 channels"),
+                      (((.1,), (0.,)), "stds > 0")):
         with pytest.raises(BadArgument, match=told): load_weights(model, tmp_path / "w.pt", bad)
     with pytest.raises(BadArgument, match="a model that normalises"): load_weights(model.model, tmp_path / "w.pt", ((.1,), (.2,)))
     assert isinstance(model, Normalized)

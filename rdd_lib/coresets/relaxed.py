@@ -7,15 +7,16 @@ __all__ = ['RelaxedCoreset']
 
 # %% ../../nbs/coresets/22_relaxed.ipynb #97eb88bf
 from dataclasses import dataclass
-from ..compressed import Compressor, method
+from ..compressed import method
 from ..core import check, device_of
+from .covering import Covering
 from ..covering.distances import check_norm
 from ..covering.relaxed import BUDGETS, relaxed_mcs
 
 # %% ../../nbs/coresets/22_relaxed.ipynb #5e3f6bc4
 @method("relaxed_coreset", "Chen & Selvan 2024 (MCS paper), section 6", alias="rmcs")
 @dataclass(frozen=True)
-class RelaxedCoreset(Compressor):
+class RelaxedCoreset(Covering):
     "The images with the smallest mean distance of all images to their nearest one that can be found: k-medians in each class."
     norm: float = 2               # of the distance between images: 1, 2 or inf
     budget: str = "per_class"     # "per_class": ipc in each; "joint": labels are ignored
@@ -29,9 +30,7 @@ class RelaxedCoreset(Compressor):
         check(isinstance(self.time_limit, (int, float)) and self.time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {self.time_limit!r}")
 
     def make(self, data, counts, seed, device):
-        per_class = self.budget == "per_class"
-        check(not per_class or len(set(counts)) == 1, f"budget='per_class' needs the same number for each class, got {counts}; give ipc=, or use budget='joint'")
-        chosen = relaxed_mcs(data.x, counts[0] if per_class else sum(counts), norm=self.norm, labels=data.y, budget=self.budget,
+        chosen = relaxed_mcs(data.x, self.k(counts), norm=self.norm, labels=data.y, budget=self.budget,
                              time_limit=self.time_limit, seed=seed, device=device_of(device))
         return {"indices": chosen.indices, "radius": chosen.radius, "weights": chosen.weights().float() if self.weights else None,
                 "certificate": {"prices": chosen.multipliers}}

@@ -7,13 +7,13 @@ __all__ = ['FINAL', 'HISTORY', 'Signals', 'errors', 'Gradients', 'Proxy', 'Histo
            'SignalCoreset']
 
 # %% ../../nbs/coresets/23_signals.ipynb #53bd21ad
-import json, logging, os
+import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import atomic, check, describe, device_of, digest, generator, kept, progress, subseed
+from ..core import atomic, check, describe, device_of, digest, generator, kept, progress, recalled, subseed
 from .basic import Coreset
 from ..data import ImageSet, pixels
 from ..models import Net, Normalized
@@ -189,14 +189,9 @@ def _keep(made, path, settings):
         save_file({n: t.contiguous() for n in FINAL + HISTORY if (t := getattr(made, n)) is not None}, tmp, metadata={"rdd_lib": json.dumps(settings, sort_keys=True)})
 
 def _kept_signals(path):
-    "What `_keep` wrote, or None; a file that cannot be read is renamed, so that one can look at it."
-    from safetensors import SafetensorError
+    "What `_keep` wrote, or None."
     from safetensors.torch import load_file
-    if not path.is_file(): return None
-    try: return Signals(**load_file(path))
-    except (SafetensorError, TypeError, ValueError) as e:
-        os.replace(path, path.with_name(path.name + ".broken"))
-        logging.getLogger(__name__).warning("the signals in %r are broken (%s); they are kept as *.broken and computed again", str(path), e)
+    return recalled(path, lambda p: Signals(**load_file(p)), "the file of signals")
 
 # %% ../../nbs/coresets/23_signals.ipynb #c58d984e
 @dataclass(frozen=True)

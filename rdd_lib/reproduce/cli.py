@@ -130,9 +130,11 @@ def _number(k, ipc, total, budget):
 def _show_film(pictures, made, path):
     "A row for each moment, the first image of each of up to twenty classes in it."
     import torch
+    from rdd_lib.core import atomic
     from rdd_lib.data import show_images
     first = torch.stack([rows[0] for rows in made.per_class[:20]])
-    show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first)).savefig(path)
+    figure = show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first))
+    with atomic(path) as tmp: figure.savefig(tmp, format=path.suffix[1:] or "png")
 
 def _verified(made, images):
     from rdd_lib.coresets.covering import verify_coreset
@@ -225,7 +227,7 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
           set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the training: name=value (epochs, steps, lr, batch, objective.beta, ...)", show_default=False)):
     "Train students on a compressed set, attack them on the test set of its source, and say how they fared."
     from rdd_lib.core import progress, require_writable
-    from rdd_lib.data import load, sample
+    from rdd_lib.data import check_classes, load, sample
     from rdd_lib.models import Net
     from rdd_lib.robust.autoattack import attack_of
     from rdd_lib.robust.certified import steps_of
@@ -236,6 +238,7 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
     judge, student, trainer = attack_of(attack, ball), Net(net), _trainer(train, ball, S, eta, parse_settings(set_))
     check(seeds >= 1, f"--seeds must be >= 1, got {seeds}")
     test = load(S.name, "test")
+    check_classes(S.classes, test)
     check(0 <= n_test <= len(test), f"--n-test must be in 0 ... {len(test)}, the test images of {S.name}; got {n_test}")
     check(out is None or out.suffix in WRITERS, f"--out must end in {' or '.join(WRITERS)}, got {str(out)!r}")
     if out: require_writable(out)                                             # all said now, not after an hour

@@ -10,7 +10,7 @@ __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', '
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
-from ..core import check, describe, digest, kept, lookup
+from ..core import check, describe, digest, kept, lookup, recalled
 from ..coresets.basic import Random
 from ..coresets.covering import KCenterGreedy, MinimalCoreset
 from ..coresets.gradients import Glister, GlisterDeepCore, GradMatch
@@ -64,9 +64,8 @@ def compressed(data_name: str,
     if method is None: return data
     key = digest([describe(method), data.fingerprint, ipc, seed], 24)
     path = kept("compressed") / f"{data_name}-{type(method).__name__}-{key}.safetensors"
-    if path.exists():
-        try: return load_compressed(path)
-        except OSError: path.unlink()
+    found = recalled(path, load_compressed, "the compressed set")
+    if found is not None: return found
     run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if isinstance(method, Distiller) else {}     # a killed run goes on where it was
     made = method.compress(data, ipc=ipc, seed=seed, device=device, **run)
     save(made, path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import nan, sqrt
 from pathlib import Path
 import numpy as np
-from ..core import BrokenFile, MissingData, Unwritable, atomic, check, lookup
+from ..core import BrokenFile, MissingData, atomic, check, lookup
 
 # %% ../../nbs/reproduce/52_report.ipynb #d9bd45c5
 def papers_folder() -> Path:
@@ -395,7 +395,7 @@ def save_figure(fig,                     # matplotlib Figure
     import matplotlib as mpl
     paths = [Path(folder)/f"{name}.{kind}" for kind in ("png", "svg")]
     for path, about in zip(paths, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
-        with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}), _written(path) as tmp:
+        with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}), atomic(path) as tmp:
             fig.savefig(tmp, format=path.suffix[1:], dpi=150, metadata=about)
     return paths
 
@@ -406,15 +406,5 @@ def save_table(df,                       # DataFrame
               ) -> Path:
     "Writes <name>.csv with six significant digits, whole or not at all. Raises `Unwritable`."
     path = Path(folder)/f"{name}.csv"
-    with _written(path) as tmp: df.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
+    with atomic(path) as tmp: df.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
     return path
-
-from contextlib import contextmanager
-
-@contextmanager
-def _written(path):
-    "`atomic`, and a full disk is an `Unwritable` too."
-    try:
-        with atomic(path) as tmp: yield tmp
-    except Unwritable: raise
-    except OSError as e: raise Unwritable(f"cannot write {str(path)!r}: {e.strerror or e}") from None

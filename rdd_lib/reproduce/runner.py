@@ -11,7 +11,7 @@ import ast, json, logging, os, re, shutil, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from ..core import BrokenFile, MissingData, RddError, Unwritable, atomic, check, lookup, with_settings
+from ..core import BrokenFile, MissingData, RddError, atomic, check, lookup, with_settings, writing
 from .report import papers_folder
 
 # %% ../../nbs/reproduce/53_runner.ipynb #32782907
@@ -233,8 +233,7 @@ def _run(item, parameters, kernel, figures):
     "Runs one notebook and returns where it was written."
     import nbformat
     out = Path(parameters["out"])
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise Unwritable(f"cannot write {str(out)!r}: {e.strerror or e}") from None
+    with writing(out): out.mkdir(parents=True, exist_ok=True)
     path, broken = out/f"{item.path.stem}.ipynb", out/f"{item.path.stem}.failed.ipynb"
     with tempfile.TemporaryDirectory() as folder:
         ran = Path(folder)/"ran.ipynb"
@@ -242,8 +241,9 @@ def _run(item, parameters, kernel, figures):
             error = _execute(nbformat.read(item.path, 4), ran, parameters, kernel, display)
         nb = nbformat.read(ran if ran.exists() else item.path, 4)
         where = _failed_cell(nb) if error else ""
-        places = {str(figures): figures.name, str(papers_folder().parents[1]): ".", str(Path.cwd()): ".", str(Path.home()): "~",
-                  sys.prefix: "<python>", sys.base_prefix: "<python>", tempfile.gettempdir(): "<tmp>"}
+        places = {str(figures): figures.name, str(papers_folder().parents[1]): ".", str(Path.cwd()): ".",
+                  os.path.expanduser("~"): "~", sys.prefix: "<python>", sys.base_prefix: "<python>",
+                  tempfile.gettempdir(): "<tmp>"}
         nb = impersonal(nb, places | {str(Path(p).resolve()): name for p, name in places.items()})
         with atomic(broken if error else path) as tmp: nbformat.write(nb, tmp)
     if error: raise ReproductionFailed(f"{item.name} failed{where}: {_short(error)}; the notebook as far as it came: {str(broken)!r}") from error

@@ -6,13 +6,13 @@
 __all__ = ['RESULTS_VERSION', 'function_name', 'CellKey', 'versions', 'device_used', 'CellStore']
 
 # %% ../../nbs/reproduce/50_store.ipynb #dce7314c
-import hashlib, inspect, json, os, warnings
+import hashlib, inspect, json
 from dataclasses import dataclass, is_dataclass
 from math import isfinite
 from pathlib import Path
 import numpy as np
 import torch
-from ..core import BadArgument, BrokenFile, Unwritable, atomic, check, describe, device_of, digest, kept
+from ..core import BadArgument, BrokenFile, atomic, check, describe, device_of, digest, kept, set_aside
 
 # %% ../../nbs/reproduce/50_store.ipynb #f50e3f1c
 RESULTS_VERSION = "1"                    # raise it when a change of the library changes numbers
@@ -120,10 +120,7 @@ class CellStore:
         record = {"function": key.function, "arguments": key.arguments, "version": key.version, "result": _encode(result)}
         record |= {"sha256": _checksum(record), **_encode(about, "about"), "versions": versions()}
         text = json.dumps(record, indent=1, allow_nan=False)
-        try:
-            with atomic(self.path(key)) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
-        except Unwritable: raise
-        except OSError as e: raise Unwritable(f"cannot write {str(self.path(key))!r}: {e.strerror or e}") from None
+        with atomic(self.path(key)) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
         return json.loads(text, object_hook=_decode)["result"]
 
     def record(self, path) -> dict | None:
@@ -132,14 +129,7 @@ class CellStore:
         except (FileNotFoundError, NotADirectoryError): return None
         except OSError as e: raise BrokenFile(f"cannot read {str(path)!r}: {e.strerror or e}") from None
         try: return _read_record(text, Path(path).name)
-        except (ValueError, KeyError, TypeError, AttributeError) as e: return self._set_aside(Path(path), e)
-
-    def _set_aside(self, path, reason):
-        aside = path.with_name(path.name + ".broken")
-        try: os.replace(path, aside)
-        except OSError: aside = path
-        said = f"the result file {str(path)!r} is broken ({reason}); it is kept as {aside.name!r} and counts as not computed"
-        warnings.warn(said, RuntimeWarning, stacklevel=4)
+        except (ValueError, KeyError, TypeError, AttributeError) as e: set_aside(path, e, "the result file")
 
     def require_writable(self):
         "Raises `Unwritable` now rather than after an hour."

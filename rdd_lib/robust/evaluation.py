@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..core import atomic, check, check_whole, device_of, subseed
-from ..data import ImageSet
-from ..models import Net
+from ..data import ImageSet, check_classes
+from ..models import Net, Normalized
 from .attacks import Attack, PGD, attack_until_broken, eval_mode, margin
 from .autoattack import autoattack
 from .objectives import Adversarial, Standard
@@ -116,7 +116,10 @@ def evaluate(model: nn.Module,
              batch: int | None = None,      # images in the network at a time; None: 250, on a GPU 500
              **run,                         # of `attack_until_broken`: screen=, checkpoint=, every=
             ) -> Outcome:
-    "Attack every image of `data` until it breaks. The model is moved to `device`; its mode and gradients are left as they were."
+    """Attack every image of `data` until it breaks. The model is moved to `device`, its mode and gradients stay.
+
+    Raises `BadArgument` for a model that was built for other classes than `data` has."""
+    if isinstance(model, Normalized): check_classes(model.classes, data)
     device = device_of(device)
     model, x, y = model.to(device), data.images(device), data.y.to(device)
     about = dict(y=data.y, classes=tuple(data.classes), fingerprint=data.fingerprint)
@@ -153,6 +156,7 @@ def std_score(S: ImageSet,                 # what is scored; `Compressed` or who
               device: str = "auto",
              ) -> Score:
     "S^std(S): test accuracy of models trained on S by standard training (MCS paper, Definition 2 (1))."
+    check_classes(S.classes, test)
     outcomes = tuple(evaluate(replace(trainer, objective=Standard())(net, S, s, device), test, None, s, device) for s in seeds)
     return Score(tuple(o.std for o in outcomes), outcomes)
 
@@ -168,6 +172,7 @@ def rob_score(S: ImageSet,
               device: str = "auto",
              ) -> Score:
     "S^rob(epsilon, S): robust accuracy of models trained on S by adversarial training (MCS paper, Definition 2 (2))."
+    check_classes(S.classes, test)
     objective, judge = Adversarial(train_attack or PGD(threat)), attack or autoattack(threat, "paper")
     check(objective.attack.threat == threat == judge.threat,
           f"Definition 2 trains and attacks with one threat: got threat {threat}, train_attack {objective.attack.threat}, attack {judge.threat}")
