@@ -23,8 +23,8 @@ from ..robust.training import Trainer
 # %% ../../nbs/distill/44_experts.ipynb #04a102be
 class _Path:
     "The weights of one training, after 0, 1, 2, ... epochs."
-    def __init__(self, ema: float, steps: int):   # steps in an epoch
-        self.ema, self.steps, self.rows = ema, steps, []
+    def __init__(self, ema: float, trainer: Trainer):
+        self.ema, self.trainer, self.rows = ema, trainer, []
 
     def begin(self, net):
         "`net`, noting the weights that a training starts from."
@@ -32,6 +32,7 @@ class _Path:
             model = net(data, seed)
             self.smooth = flatten(model)
             self.rows.append(self.smooth.clone())
+            self.steps = len(self.trainer.epoch(lambda: model, data))
             return model
         return build
 
@@ -135,8 +136,9 @@ class Experts:
 
     def _path(self, net, data, epochs, k, device):
         "The rows of expert `k`, (epochs + 1, P)."
-        path = _Path(self.ema, -(-len(data) // self.batch))
-        self.trainer(epochs)(path.begin(net), data, subseed(self.seed, "expert", k), device, each=path.each)
+        trainer = self.trainer(epochs)
+        path = _Path(self.ema, trainer)
+        trainer(path.begin(net), data, subseed(self.seed, "expert", k), device, each=path.each)
         return torch.stack(path.rows)
 
     def _keep(self, file, rows, identity):
