@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
            'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'subseed', 'generator', 'drawn', 'seeded',
-           'device_of', 'atomic', 'require_writable', 'kept', 'keep_heap', 'progress', 'check_images']
+           'device_of', 'atomic', 'require_writable', 'kept', 'unasked', 'in_cache', 'keep_heap', 'progress',
+           'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import contextlib, hashlib, json, os, tempfile, warnings
@@ -191,6 +192,21 @@ def kept(what: str) -> Path:   # "cells", "compressed", "signals"
     "The folder where one kind of finished work is kept: `$RDD_STORE` for cells and its neighbours for the rest, else under `$XDG_CACHE_HOME` or `~/.cache`."
     cells = Path(os.environ.get("RDD_STORE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rdd_lib" / "cells").expanduser()
     return cells if what == "cells" else cells.parent / what
+
+# %% ../nbs/00_core.ipynb #61e25ca1
+@contextlib.contextmanager
+def unasked(what: str):   # what will not be kept, where it comes to that: "the signals"
+    "For what is written to the cache though nobody asked: where that is impossible, a warning takes the place of `Unwritable`."
+    try: yield
+    except Unwritable as e:
+        said = f"{what} cannot be kept: {e}; set RDD_STORE to a folder in a place that can be written"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
+
+def in_cache(path,         # of a file in a folder that `kept` names
+             what: str,    # as for `unasked`
+            ) -> Path | None:
+    "`path`, if it can be written; else None, and a warning."
+    with unasked(what): return require_writable(path)
 
 # %% ../nbs/00_core.ipynb #2cc2af69
 def keep_heap() -> None:

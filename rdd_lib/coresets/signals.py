@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import atomic, check, describe, device_of, digest, generator, kept, progress, subseed
+from ..core import atomic, check, describe, device_of, digest, generator, kept, progress, subseed, unasked
 from .basic import Coreset
 from ..data import ImageSet, pixels
 from ..models import Net, Normalized
@@ -162,7 +162,7 @@ def signals(data: ImageSet,
             proxy: Proxy = Proxy(),
             attack: PGD | None = None,   # signals at the points it finds, for robust coresets
             device: str = "auto",
-            keep: bool = True,           # read it from disk if it is there, and write it
+            keep: bool = True,           # read it from disk if it is there, and write it if that is possible
            ) -> Signals:                 # on the CPU
     """Train the proxy on `data` and write down what it says about every image. The same arguments are computed once.
 
@@ -173,7 +173,8 @@ def signals(data: ImageSet,
     path = kept("signals") / f"{data.name}-{digest(settings, 24)}.safetensors"
     if keep and (found := _kept_signals(path)): return found
     made = _look(data, proxy, attack, device)
-    if keep: _keep(made, path, settings)
+    with unasked("the signals"):
+        if keep: _keep(made, path, settings)
     return made
 
 def _look(data, proxy, attack, device):

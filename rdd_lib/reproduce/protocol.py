@@ -10,7 +10,7 @@ __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', '
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
-from ..core import check, describe, digest, kept, lookup
+from ..core import check, describe, digest, in_cache, kept, lookup, unasked
 from ..coresets.basic import Random
 from ..coresets.covering import KCenterGreedy, MinimalCoreset
 from ..coresets.gradients import Glister, GlisterDeepCore, GradMatch
@@ -67,9 +67,11 @@ def compressed(data_name: str,
     if path.exists():
         try: return load_compressed(path)
         except OSError: path.unlink()
-    run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if isinstance(method, Distiller) else {}     # a killed run goes on where it was
+    path = in_cache(path, "the compressed set")
+    run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if path and isinstance(method, Distiller) else {}     # a killed run goes on where it was
     made = method.compress(data, ipc=ipc, seed=seed, device=device, **run)
-    save(made, path)
+    with unasked("the compressed set"):
+        if path: save(made, path)
     return made
 
 # %% ../../nbs/reproduce/54_protocol.ipynb #5372128c

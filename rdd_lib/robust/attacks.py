@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import BrokenFile, atomic, check, check_images, check_whole, describe, digest, keep_heap, kept, lookup, progress, require_writable
+from ..core import BrokenFile, atomic, check, check_images, check_whole, describe, digest, in_cache, keep_heap, kept, lookup, progress, require_writable, unasked
 from ..core import generator as generator_of
 from ..models import eval_mode, frozen
 from .threats import Threat, spread
@@ -277,6 +277,7 @@ class _Keeper:
     path: Path | None
     key: str
     every: float = 60.
+    asked: bool = True     # False: the file is in the cache, unasked, and goes at the end
     last: float = 0.
 
     def due(self) -> bool: return self.path is not None and time.monotonic() - self.last >= self.every
@@ -286,13 +287,21 @@ class _Keeper:
         tensors = _flat("found", {k: getattr(found, k) for k in ("x_adv", "by", "step")}) | {"rows": turn.rows, "generator": g.get_state()}
         tensors |= _flat("drawn", turn.drawn) | _flat("s", turn.s or {})
         plain |= dict(key=self.key, names=found.names, forward=found.forward_samples, backward=found.backward_samples, taken=turn.taken)
-        with atomic(self.path) as tmp: save_file({k: v.contiguous().clone() for k, v in tensors.items()}, tmp, metadata={"rdd_lib": json.dumps(plain)})
-        self.last = time.monotonic()
+        with contextlib.nullcontext() if self.asked else unasked("the checkpoint of an evaluation"):
+            with atomic(self.path) as tmp: save_file({k: v.contiguous().clone() for k, v in tensors.items()}, tmp, metadata={"rdd_lib": json.dumps(plain)})
+            self.last = time.monotonic()
+            return
+        self.path = None
+
+    def end(self, found: AttackResult, phases: int, g):
+        "The finished result stays in a file that was asked for: whoever has written it elsewhere removes that."
+        if self.path is None: return
+        if self.asked: self.save(found, _Turn(found.by[:0], {}), dict(phase=phases, turn=0), g)
+        else: self.path.unlink(missing_ok=True)
 
     def read(self, device) -> tuple[dict, dict] | None:
         if self.path is None: return None
         self.last = time.monotonic()
-        require_writable(self.path)                                           # said now, not after a minute
         if not self.path.exists(): return None
         from safetensors import SafetensorError, safe_open
         try:
@@ -305,8 +314,10 @@ class _Keeper:
 
 def _keeper(checkpoint, every, key) -> _Keeper:
     if not checkpoint: return _Keeper(None, "")
+    if asked := checkpoint is not True: require_writable(checkpoint)           # said now, not after a minute
     key = key()
-    return _Keeper(kept("evaluations") / f"{key}.safetensors" if checkpoint is True else Path(checkpoint), key, every)
+    path = Path(checkpoint) if asked else in_cache(kept("evaluations") / f"{key}.safetensors", "the checkpoint of an evaluation")
+    return _Keeper(path, key, every, asked)
 
 # %% ../../nbs/robust/31_attacks.ipynb #ad8ed634
 class _Counted(nn.Module):
@@ -345,7 +356,7 @@ class _Evaluation:
                 resumed = {}
                 if at is None: break
                 self.sweep(stage, low, at, dict(phase=phase, turn=turn))
-        if self.keeper.path: self.keeper.path.unlink(missing_ok=True)
+        self.keeper.end(self.found, len(self.phases), self.g)
         return self.found
 
     def clean(self):
@@ -422,7 +433,7 @@ def attack_until_broken(attack: Attack,
                         batch_size: int | None = None,   # images in the network at a time, kept full as images leave; None: 250, on a GPU 500
                         compact: bool = True, # False: broken images stay to the end, to compare costs
                         screen: str | None = None,   # "bf16": first the whole attack in bfloat16, hits confirmed in float32
-                        checkpoint=None,      # a path, or True for one in the cache: written every `every` seconds, read if it stands there, removed at the end
+                        checkpoint=None,      # a path: written every `every` seconds, read if it stands there, at the end it holds the result; or True: in the cache, and removed at the end
                         every: float = 60.,   # seconds
                        ) -> AttackResult:
     "Whether each image survives the attack, and how it broke. Raises as `Attack` does; `BrokenFile`, `BadArgument` for a checkpoint of something else."
