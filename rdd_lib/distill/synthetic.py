@@ -19,7 +19,7 @@ from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressed import Compressor, load_compressed
 from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap, lookup, progress, require_writable, subseed
 from ..data import ImageSet, pixels
-from ..models import Net
+from ..models import Net, takes_one
 from ..robust.objectives import depends_on_mode
 from ..robust.training import check_precision, in_precision
 
@@ -119,6 +119,7 @@ class Distiller(Compressor):
 
     # What a method may say beside
     def fits(self, data: ImageSet, counts: list[int]) -> None: "Raise `BadArgument` where `data` cannot be distilled with these settings."
+    def shown(self, counts: list[int]) -> dict[str, list[int]]: return {}     # what decides how many images a network in training sees at a time: those numbers
     def more_leaves(self, data, counts, device) -> dict[str, Tensor]: return {}
     def rates(self) -> dict[str, float]: return {"u": self.lr, "labels": self.lr_label}
     def decay(self, it: int) -> float: return 1.      # what the rates are multiplied with in iteration `it`
@@ -134,6 +135,7 @@ class Distiller(Compressor):
              **run,                                 # for `prepare`
             ):
         self.fits(data, counts)
+        self._check_alone(data, counts)
         keep_heap()
         device, start = device_of(device), start_of(self.init)
         scale = Scale(data, device)
@@ -147,6 +149,11 @@ class Distiller(Compressor):
         report = {"start": describe(start)} if isinstance(start, ImageSet) else {}
         labels = {"soft_labels": s.target.detach().cpu()} if "labels" in s.leaves else {}
         return {"x": scale.pixels(s.u.detach()).cpu(), "y": s.y.cpu(), "report": report, "checkpoint": keeper.path} | labels | self.finish(s)
+
+    def _check_alone(self, data, counts):
+        alone = [name for name, sizes in self.shown(counts).items() if 1 in sizes]
+        check(not alone or takes_one(self.net(data), pixels(data.x[:1])), f"{' and '.join(alone)} would show {self.net.name} one image "
+              "at a time, and the batch norm of this network cannot be trained on one; take more images, or another norm")
 
     def _iterate(self, s, opt, real, data, seed, done, story, keeper):
         bar = progress(range(done, self.iterations), total=self.iterations, initial=done, desc=type(self).__name__)
@@ -252,6 +259,8 @@ class ClassMatching(Distiller):
     def __post_init__(self):
         super().__post_init__()
         check_whole("batch_real", self.batch_real)
+
+    def shown(self, counts): return {"a class of one image": counts, f"batch_real={self.batch_real}": [self.batch_real]}
 
     def fits(self, data, counts):
         for c, rows in enumerate(data.per_class):

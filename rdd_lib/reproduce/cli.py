@@ -130,9 +130,10 @@ def _number(k, ipc, total, budget):
 def _show_film(pictures, made, path):
     "A row for each moment, the first image of each of up to twenty classes in it."
     import torch
+    from rdd_lib.core import atomic
     from rdd_lib.data import show_images
     first = torch.stack([rows[0] for rows in made.per_class[:20]])
-    show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first)).savefig(path)
+    with atomic(path) as tmp: show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first)).savefig(tmp)
 
 def _verified(made, images):
     from rdd_lib.coresets.covering import verify_coreset

@@ -157,6 +157,9 @@ class Noisy:
 
     def __post_init__(self): check(self.sigma >= 0, f"sigma must be >= 0, got {self.sigma!r}")
 
+    @property
+    def per_image(self): return getattr(self.inner, "per_image", False)
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, w: Tensor | None = None, generator=None) -> Tensor:
         g = generator_of(0 if generator is None else generator)
         noise = torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device)
