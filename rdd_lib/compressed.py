@@ -31,6 +31,7 @@ class Compressed(ImageSet):
     certificate: dict | None = None      # tensors from which the lower bound can be checked again
     schedule: dict | None = None         # how a student has to be trained on it, where the method fixes that
     provenance: dict = field(default_factory=dict)  # method and settings, seed, source, versions: plain data
+    checkpoint: Path | None = None       # a file that holds the run until the set is saved
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,12 +85,13 @@ _PLAIN = ("name", "split", "radius", "lower_bound", "schedule", "provenance")
 def save(data: Compressed,
          path: str | Path,   # usually ends in .safetensors
         ) -> Path:
-    "Write `data` to one safetensors file, whole or not at all. The same set gives the same bytes. Raises `Unwritable`."
+    "Write `data` to one safetensors file, whole or not at all, then remove the run's checkpoint. The same set gives the same bytes. Raises `Unwritable`."
     from safetensors.torch import save_file
     tensors = {n: getattr(data, n) for n in _TENSORS} | {f"certificate.{k}": v for k, v in (data.certificate or {}).items()}
     plain = {n: getattr(data, n) for n in _PLAIN} | {"format": FORMAT, "classes": list(data.classes)}
     with atomic(path) as tmp:
         save_file({n: t.contiguous().clone() for n, t in tensors.items() if t is not None}, tmp, metadata={"rdd_lib": json.dumps(plain, sort_keys=True)})
+    if data.checkpoint: data.checkpoint.unlink(missing_ok=True)
     return Path(path)
 
 # %% ../nbs/03_compressed.ipynb #95d090b6

@@ -6,7 +6,7 @@
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
            'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'plain', 'subseed', 'generator', 'drawn',
            'seeded', 'device_of', 'writing', 'atomic', 'require_writable', 'require_readable', 'set_aside', 'recalled',
-           'kept', 'keep_heap', 'progress', 'check_images']
+           'kept', 'unasked', 'in_cache', 'keep_heap', 'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import contextlib, hashlib, json, os, re, sys, tempfile, time, warnings
@@ -254,6 +254,21 @@ def kept(what: str) -> Path:   # "data", "cells", "compressed", "signals", ...
     try: folder = Path(folder).expanduser()
     except RuntimeError: raise MissingData(f"there is no home folder for {folder!r}; set {variable} to one") from None
     return folder if what == kind else folder.parent / what
+
+# %% ../nbs/00_core.ipynb #61e25ca1
+@contextlib.contextmanager
+def unasked(what: str):   # what will not be kept, where it comes to that: "the signals"
+    "For what is written to the cache though nobody asked: where that is impossible, a warning takes the place of `Unwritable`."
+    try: yield
+    except Unwritable as e:
+        said = f"{what} cannot be kept: {e}; set RDD_STORE to a folder in a place that can be written"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
+
+def in_cache(path,         # of a file in a folder that `kept` names
+             what: str,    # as for `unasked`
+            ) -> Path | None:
+    "`path`, if it can be written; else None, and a warning."
+    with unasked(what): return require_writable(path)
 
 # %% ../nbs/00_core.ipynb #2cc2af69
 def keep_heap() -> None:

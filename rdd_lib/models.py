@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'MNIST_STATS', 'STATS', 'MODELS', 'ConvNet', 'MLP', 'LeNet', 'ResNet18', 'statistics', 'Normalized', 'build',
-           'Net']
+           'Net', 'eval_mode', 'frozen', 'takes_one']
 
 # %% ../nbs/02_models.ipynb #1a0f4c38
+import contextlib, copy
 from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
@@ -142,3 +143,35 @@ class Net:
 
     def __post_init__(self): lookup(self.name, MODELS, "model")
     def __call__(self, data: ImageSet, seed: int = 0) -> Normalized: return build(self.name, data, seed, **self.settings)
+
+# %% ../nbs/02_models.ipynb #32010cd5
+@contextlib.contextmanager
+def eval_mode(model):
+    "The model in eval mode; at the end each module has the training flag that it had. A plain function is left alone."
+    flags = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if flags: model.eval()
+        yield model
+    finally:
+        for m, training in flags: m.training = training
+
+@contextlib.contextmanager
+def frozen(model):
+    "No parameter asks for a gradient; at the end those ask again that did."
+    asking = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    try:
+        for p in asking: p.requires_grad_(False)
+        yield
+    finally:
+        for p in asking: p.requires_grad_(True)
+
+# %% ../nbs/02_models.ipynb #33442913
+def takes_one(model: nn.Module,
+              x: Tensor,          # (1, C, H, W): an image in [0, 1]
+             ) -> bool:
+    "Whether `model` can be trained on a batch of one image: batch norm over a single value refuses. A copy is asked."
+    at = next(model.parameters(), x).device
+    with seeded(0), torch.no_grad():
+        try: copy.deepcopy(model).train()(x.to(at))
+        except ValueError as e: return "more than 1 value per channel" not in str(e)
+    return True

@@ -160,7 +160,7 @@ def test_taken_up_again_after_a_stop(make, nets, digits, tmp_path):
     with pytest.raises(StopIteration): whole(failing, **first)
     assert path.exists()
     resumed, straight = whole(lambda x: net(x), **first), whole(net)
-    assert resumed.x_adv.numpy().tobytes() == straight.x_adv.numpy().tobytes() and torch.equal(resumed.step, straight.step) and not path.exists()
+    assert resumed.x_adv.numpy().tobytes() == straight.x_adv.numpy().tobytes() and torch.equal(resumed.step, straight.step) and path.exists()
 
 
 def test_screen(nets, digits):

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rdd_lib.augmentation import Scale
-from rdd_lib.compressed import find_method, methods
+from rdd_lib.compressed import find_method, methods, save
 from rdd_lib.core import BadArgument, UnknownName, generator
 from rdd_lib.data import load, sample
 from rdd_lib.distill.gradient import GradientMatching
@@ -108,7 +108,9 @@ def test_resumes_to_the_same_bytes(digits, tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(Stop): run(tiny(Curvature(.3), iterations=4), digits, checkpoint=path, every=1, snapshots=Breaks())
     assert path.exists()
-    assert torch.equal(run(tiny(Curvature(.3), iterations=4), digits, checkpoint=path, every=1).x, whole.x)
+    again = run(tiny(Curvature(.3), iterations=4), digits, checkpoint=path, every=1)
+    assert torch.equal(again.x, whole.x) and path.exists()
+    save(again, tmp_path / "result.safetensors")
     assert not path.exists()
 
 

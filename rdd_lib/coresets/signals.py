@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import atomic, check, describe, device_of, digest, generator, kept, progress, recalled, subseed
+from ..core import (atomic, check, describe, device_of, digest, generator, kept, progress, recalled,
+                          subseed, unasked)
 from .basic import Coreset
 from ..data import ImageSet, pixels
 from ..models import Net, Normalized
@@ -116,8 +117,9 @@ class Proxy:
 # %% ../../nbs/coresets/23_signals.ipynb #78b50438
 class History:
     "What happens to each image in each epoch of a training: give it to a `Trainer` as `watch`."
-    def __init__(self, y: Tensor, batch: int):
-        self.y, self.per_epoch, self.steps, self.rows = y, -(-len(y) // batch), 0, {name: [] for name in HISTORY}
+    def __init__(self, y: Tensor, batch: int | list[int]):   # how many images a batch holds, or each batch of an epoch
+        per_epoch = len(batch) if isinstance(batch, list) else -(-len(y) // batch)
+        self.y, self.per_epoch, self.steps, self.rows = y, per_epoch, 0, {name: [] for name in HISTORY}
 
     def __call__(self, i: Tensor, logits: Tensor):
         if self.steps % self.per_epoch == 0:
@@ -161,7 +163,7 @@ def signals(data: ImageSet,
             proxy: Proxy = Proxy(),
             attack: PGD | None = None,   # signals at the points it finds, for robust coresets
             device: str = "auto",
-            keep: bool = True,           # read it from disk if it is there, and write it
+            keep: bool = True,           # read it from disk if it is there, and write it if that is possible
            ) -> Signals:                 # on the CPU
     """Train the proxy on `data` and write down what it says about every image. The same arguments are computed once.
 
@@ -172,13 +174,14 @@ def signals(data: ImageSet,
     path = kept("signals") / f"{data.name}-{digest(settings, 24)}.safetensors"
     if keep and (found := _kept_signals(path)): return found
     made = _look(data, proxy, attack, device)
-    if keep: _keep(made, path, settings)
+    with unasked("the signals"):
+        if keep: _keep(made, path, settings)
     return made
 
 def _look(data, proxy, attack, device):
     "The work itself."
-    history = History(data.y, proxy.trainer.batch)
     plain = ImageSet(data.x, data.y, data.classes, data.name, data.split)       # of a compressed set, neither weights nor soft labels
+    history = History(data.y, proxy.trainer.epoch(lambda: proxy.net(plain), plain))
     model = proxy.trainer(proxy.net, plain, proxy.seed, device, watch=history)
     features, logits = read(model, data, attack, subseed(proxy.seed, "signals"), device_of(device))
     return Signals(features, logits, data.y, **history.tensors())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import BadArgument, check, device_of
+from ..models import eval_mode
 
 # %% ../../nbs/covering/10_distances.ipynb #b7b58383
 def rows_of(points,                  # (N, d) or (N, C, H, W): a tensor, an array or nested lists
@@ -261,11 +262,9 @@ def embedded(points,             # (N, ...): uint8 images are handed over as flo
             ) -> Tensor:         # (N, d)
     "What a model makes of every point, in evaluation mode and without gradients. Raises `BadArgument` where it does not return one row a point."
     check(callable(embed), f"embed must be a model or a function, got {type(embed).__name__}")
-    x, training = torch.as_tensor(points), getattr(embed, "training", False)
-    if training: embed.eval()
+    x = torch.as_tensor(points)
     scale = (lambda t: t.float() / 255) if x.dtype == torch.uint8 else (lambda t: t)
-    with torch.no_grad(): out = [embed(scale(part.to(device_of(device)))) for part in x.split(batch)]
-    if training: embed.train()
+    with eval_mode(embed), torch.no_grad(): out = [embed(scale(part.to(device_of(device)))) for part in x.split(batch)]
     check(all(torch.is_tensor(o) and o.dim() >= 2 for o in out) and sum(map(len, out)) == len(x), f"embed must return a row for each of the {len(x)} points")
     return rows_of(torch.cat(out), "embedded points", device)
 

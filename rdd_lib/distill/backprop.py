@@ -54,6 +54,10 @@ class BackpropThroughTraining(Distiller):
     def fits(self, data, counts):
         check(len(data) >= self.batch_real, f"batch_real={self.batch_real} asks for more images than {data.name}/{data.split} has: {len(data)}")
 
+    def shown(self, counts):
+        walk = [sum(n > b for n in counts) for b in range(max(counts))]
+        return {"a step of the walk": walk, f"batch_real={self.batch_real}": [self.batch_real]}
+
     def more_leaves(self, data, counts, device):
         return {"lrs": torch.full((max(counts) * self.epochs,), math.log(math.expm1(self.first_rate)), device=device)}
 

@@ -30,6 +30,8 @@ class DistributionMatching(ClassMatching):
         check_whole("extractors", self.extractors)
         check(not self.lr_label, f"distribution matching does not look at labels: lr_label must be 0, got {self.lr_label}")
 
+    def shown(self, counts): return {} if self.extractor else super().shown(counts)
+
     def prepare(self, s, data, seed, device):
         if self.extractor: return [self.extractor(self.net, data, subseed(seed, "extractor", n), device) for n in range(self.extractors)]
 

@@ -6,15 +6,15 @@
 __all__ = ['differences', 'Trajectories', 'Experts']
 
 # %% ../../nbs/distill/44_experts.ipynb #b66ca449
-import json
-from dataclasses import dataclass, fields
+import json, tempfile
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..augmentation import DSA
-from ..core import BrokenFile, MissingData, atomic, check, check_whole, describe, digest, kept, progress, subseed
+from ..core import BrokenFile, MissingData, atomic, check, check_whole, describe, digest, in_cache, kept, progress, subseed
 from ..data import ImageSet
 from .unrolled import flatten
 from ..robust.objectives import Standard
@@ -23,8 +23,8 @@ from ..robust.training import Trainer
 # %% ../../nbs/distill/44_experts.ipynb #04a102be
 class _Path:
     "The weights of one training, after 0, 1, 2, ... epochs."
-    def __init__(self, ema: float, steps: int):   # steps in an epoch
-        self.ema, self.steps, self.rows = ema, steps, []
+    def __init__(self, ema: float, trainer: Trainer):
+        self.ema, self.trainer, self.rows = ema, trainer, []
 
     def begin(self, net):
         "`net`, noting the weights that a training starts from."
@@ -32,6 +32,7 @@ class _Path:
             model = net(data, seed)
             self.smooth = flatten(model)
             self.rows.append(self.smooth.clone())
+            self.steps = len(self.trainer.epoch(lambda: model, data))
             return model
         return build
 
@@ -74,6 +75,7 @@ def _epochs_at(path: Path, identity: dict) -> int:   # -1: no such file
 class Trajectories:
     "Experts on disk: row t of an expert holds its weights after t epochs."
     files: tuple[Path, ...]
+    folder: object = field(default=None, repr=False, compare=False)   # of experts that are not kept: it goes when they are forgotten
 
     def __len__(self): return len(self.files)
 
@@ -118,7 +120,7 @@ class Experts:
     def __call__(self, net,                          # builds a network: net(data, seed); a `Net`
                  data: ImageSet,
                  epochs: int | None = None,          # how far; None: `self.epochs`
-                 folder: str | Path | None = None,   # None: one of their own in the user's cache
+                 folder: str | Path | None = None,   # None: one of their own in the user's cache, or a temporary one where that cannot be written
                  device: str = "auto",
                 ) -> Trajectories:
         "The experts in `folder`; those that are missing are trained. Raises `BadArgument` for a folder of others, `BrokenFile`, `Unwritable`."
@@ -126,17 +128,21 @@ class Experts:
         check_whole("epochs", epochs)
         check(epochs <= self.epochs, f"epoch {epochs} of the experts is asked for, they have epochs={self.epochs}")
         identity = self.identity(net, data)
-        folder = Path(folder) if folder else kept("experts") / f"{data.name}-{digest(identity)}"
-        files = tuple(folder / f"expert_{k:04d}.safetensors" for k in range(self.n))
+        at = Path(folder) if folder else kept("experts") / f"{data.name}-{digest(identity)}"
+        files = [at / f"expert_{k:04d}.safetensors" for k in range(self.n)]
         missing = [k for k, path in enumerate(files) if _epochs_at(path, identity | {"expert": k}) < epochs]
+        lost = missing and not folder and not in_cache(files[missing[0]], "the experts")
+        passing = tempfile.TemporaryDirectory(prefix="rdd-experts-") if lost else None
+        for k in missing if lost else (): files[k] = Path(passing.name) / files[k].name
         for k in progress(missing, desc="experts", initial=self.n - len(missing), total=self.n):
             self._keep(files[k], self._path(net, data, epochs, k, device), identity | {"expert": k})
-        return Trajectories(files)
+        return Trajectories(tuple(files), passing)
 
     def _path(self, net, data, epochs, k, device):
         "The rows of expert `k`, (epochs + 1, P)."
-        path = _Path(self.ema, -(-len(data) // self.batch))
-        self.trainer(epochs)(path.begin(net), data, subseed(self.seed, "expert", k), device, each=path.each)
+        trainer = self.trainer(epochs)
+        path = _Path(self.ema, trainer)
+        trainer(path.begin(net), data, subseed(self.seed, "expert", k), device, each=path.each)
         return torch.stack(path.rows)
 
     def _keep(self, file, rows, identity):

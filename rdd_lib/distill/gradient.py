@@ -15,6 +15,7 @@ from ..compressed import method
 from ..core import check, check_whole, drawn, generator
 from .synthetic import ClassMatching
 from ..robust.objectives import Standard
+from ..robust.training import batch_sizes
 
 # %% ../../nbs/distill/42_gradient.ipynb #556e9ff9
 def distance(own: list[Tensor],    # gradients of the weights from synthetic images: (rows, ...), differentiable
@@ -53,6 +54,10 @@ class GradientMatching(ClassMatching):
             if getattr(self, name) is not None: check_whole(name, getattr(self, name))
         check_whole("batch_net", self.batch_net)
         check(self.lr_net > 0, f"lr_net must be > 0, got {self.lr_net}")
+
+    def shown(self, counts):
+        trained = batch_sizes(sum(counts), self.batch_net) if (self.outer or loops(max(counts))[0]) > 1 else []
+        return super().shown(counts) | {f"batch_net={self.batch_net}": trained}
 
     def steps(self, s, real, data, g):
         outer, inner = loops(max(rows.stop - rows.start for rows in s.rows))

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressed import Compressor, load_compressed
-from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap, lookup, progress, subseed
+from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap, lookup, progress, require_writable, subseed
 from ..data import ImageSet, pixels
-from ..models import Net
+from ..models import Net, takes_one
 from ..robust.objectives import depends_on_mode
 from ..robust.training import check_precision, in_precision
 
@@ -119,6 +119,7 @@ class Distiller(Compressor):
 
     # What a method may say beside
     def fits(self, data: ImageSet, counts: list[int]) -> None: "Raise `BadArgument` where `data` cannot be distilled with these settings."
+    def shown(self, counts: list[int]) -> dict[str, list[int]]: return {}     # what decides how many images a network in training sees at a time: those numbers
     def more_leaves(self, data, counts, device) -> dict[str, Tensor]: return {}
     def rates(self) -> dict[str, float]: return {"u": self.lr, "labels": self.lr_label}
     def decay(self, it: int) -> float: return 1.      # what the rates are multiplied with in iteration `it`
@@ -127,13 +128,14 @@ class Distiller(Compressor):
     def finish(self, s: State) -> dict: return {}     # further fields of the `Compressed`
 
     def make(self, data, counts, seed, device,
-             checkpoint: str | Path | None = None,  # where given: saved there now and then, resumed from there, removed at the end
+             checkpoint: str | Path | None = None,  # where given: saved there now and then, resumed from there; removed by `save`, when the result is written
              every: int | None = None,              # iterations between two savings; None: some seconds, so that saving costs less than a twentieth
              log: list | None = None,               # where given, the loss of every step is appended, those before a resumption too
              snapshots: dict | None = None,         # where given, {iteration: (M, C, H, W) bytes} at 0, 1, 2, 4, ... and at the end
              **run,                                 # for `prepare`
             ):
         self.fits(data, counts)
+        self._check_alone(data, counts)
         keep_heap()
         device, start = device_of(device), start_of(self.init)
         scale = Scale(data, device)
@@ -144,10 +146,14 @@ class Distiller(Compressor):
         done = keeper.resume()
         s.prepared = self.prepare(s, data, seed, device, **run)
         self._iterate(s, opt, RealBatches(data, scale), data, seed, done, story, keeper)
-        keeper.remove()
         report = {"start": describe(start)} if isinstance(start, ImageSet) else {}
         labels = {"soft_labels": s.target.detach().cpu()} if "labels" in s.leaves else {}
-        return {"x": scale.pixels(s.u.detach()).cpu(), "y": s.y.cpu(), "report": report} | labels | self.finish(s)
+        return {"x": scale.pixels(s.u.detach()).cpu(), "y": s.y.cpu(), "report": report, "checkpoint": keeper.path} | labels | self.finish(s)
+
+    def _check_alone(self, data, counts):
+        alone = [name for name, sizes in self.shown(counts).items() if 1 in sizes]
+        check(not alone or takes_one(self.net(data), pixels(data.x[:1])), f"{' and '.join(alone)} would show {self.net.name} one image "
+              "at a time, and the batch norm of this network cannot be trained on one; take more images, or another norm")
 
     def _iterate(self, s, opt, real, data, seed, done, story, keeper):
         bar = progress(range(done, self.iterations), total=self.iterations, initial=done, desc=type(self).__name__)
@@ -216,7 +222,7 @@ def load_checkpoint(path, key: str, device="cpu") -> tuple[dict[str, Tensor], in
 class _Keeper:
     "Saves a run now and then, and finds it again."
     def __init__(self, path, every, key, s, opt, story):
-        self.path, self.every, self.key, self.s, self.opt, self.story = path and Path(path), every, key, s, opt, story
+        self.path, self.every, self.key, self.s, self.opt, self.story = path and require_writable(path), every, key, s, opt, story
         self.saved_at, self.pause, self.kept = time.monotonic(), 2., None
 
     def resume(self) -> int:
@@ -243,8 +249,6 @@ class _Keeper:
         self.pause = max(2., 20 * (self.saved_at - begin))
 
     def hint(self) -> str: return f". What was reached after {self.kept} iterations is kept in {str(self.path)!r}" if self.kept else ""
-    def remove(self) -> None:
-        if self.path: self.path.unlink(missing_ok=True)
 
 # %% ../../nbs/distill/40_synthetic.ipynb #c1d11e23
 @dataclass(frozen=True)
@@ -255,6 +259,8 @@ class ClassMatching(Distiller):
     def __post_init__(self):
         super().__post_init__()
         check_whole("batch_real", self.batch_real)
+
+    def shown(self, counts): return {"a class of one image": counts, f"batch_real={self.batch_real}": [self.batch_real]}
 
     def fits(self, data, counts):
         for c, rows in enumerate(data.per_class):

@@ -20,6 +20,7 @@ from ..models import Net
 from ..robust.attacks import PGD
 from ..robust.objectives import Adversarial
 from ..robust.threats import Linf
+from ..robust.training import batch_sizes
 
 # %% ../../nbs/distill/45_trajectory.ipynb #aa705932
 def gap(end: Tensor,      # (P,) where the student is
@@ -82,6 +83,7 @@ class TrajectoryMatching(Distiller):
     @property
     def last_epoch(self) -> int: return self.max_start - 1 + self.expert_epochs       # that is ever read
 
+    def shown(self, counts): return {f"batch_syn={self.batch_syn}": batch_sizes(sum(counts), self.batch_syn or sum(counts))}
     def more_leaves(self, data, counts, device): return {"alpha": torch.tensor(self.alpha, device=device)}
     def rates(self): return super().rates() | {"alpha": self.lr_alpha}
     def finish(self, s): return {"schedule": {"lr": self._put_back(s).item()}}

@@ -115,8 +115,8 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
     run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if isinstance(compressor, Distiller) else {}
     if film: run["snapshots"] = {}
     made = compressor.compress(images, ipc=ipc, total=total, seed=seed, device=device, **run)
-    save(made, out)
     if film: _show_film(run["snapshots"], made, film)
+    save(made, out)                                                           # last: it removes the checkpoint
     typer.echo(made.summary())
     if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images))
     typer.echo(f"written to {out}" + (f", the pictures to {film}" if film else ""))
@@ -248,14 +248,23 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
     outcomes, floors = [], []
     for s in progress(range(seeds), desc="students"):
         model = trainer(student, S, s, device)
-        outcomes.append(evaluate(model, test, judge, s, device, checkpoint=True))
+        outcomes.append(evaluate(model, test, judge, s, device, checkpoint=_until_written(out, model, test, judge, s, device)))
         typer.echo(f"  seed {s}: {_verdict(outcomes[-1])}")
         if certify:
             floors.append(_floor(model, test, judge, outcomes[-1], device))
             typer.echo(f"    proven for {floors[-1].floor:.1%} [{floors[-1].interval('certified')[0]:.1%}, {floors[-1].interval('certified')[1]:.1%}] by {floors[-1].method}")
         if diagnose: typer.echo("    " + repr(_diagnosis(model, test, ball, s, device)).replace("\n", "\n    "))
     _over_seeds(outcomes)
-    if out: typer.echo(f"  a row an image and student: {save_table(_images(outcomes, floors), out)}")
+    if out:
+        typer.echo(f"  a row an image and student: {save_table(_images(outcomes, floors), out)}")
+        for o in outcomes: o.checkpoint.unlink(missing_ok=True)
+
+def _until_written(out, model, test, judge, seed, device):
+    "Where an evaluation is kept: beside the table until that is written, under a name of its own; in the cache, while it runs, where there is no table."
+    from rdd_lib.core import device_of, digest
+    from rdd_lib.robust.attacks import marks
+    if not out: return True
+    return out.with_name(f"{out.name}.{digest([marks(model), judge, test, seed, str(device_of(device))])}.checkpoint")
 
 def _diagnosis(model, test, threat, seed, device):
     from rdd_lib.robust.diagnostics import diagnose

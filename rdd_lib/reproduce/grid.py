@@ -158,7 +158,7 @@ def run_grid(cells: list[dict],                      # the arguments of each cel
             ) -> list[dict]:                         # a flat row per cell, in the order of `cells`
     """`fn(**cell)` for every cell, each computed once and kept in the store.
 
-    Raises `CellError` naming the cell that failed, `Unwritable` before the first cell if the store cannot be written, `BadArgument` for a cell
+    Raises `CellError` naming the cell that failed, `Unwritable` before the first cell if the store cannot be written (the default one: a warning), `BadArgument` for a cell
     that `fn` does not take. Ctrl-C (`KeyboardInterrupt`) keeps what is finished; the next run goes on from there."""
     store = CellStore() if store is None else store
     lookup(on_error, {"raise": 1, "record": 1}, "value of on_error")

@@ -10,7 +10,7 @@ __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', '
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
-from ..core import check, describe, digest, kept, lookup, recalled
+from ..core import check, describe, digest, in_cache, kept, lookup, recalled, unasked
 from ..coresets.basic import Random
 from ..coresets.covering import KCenterGreedy, MinimalCoreset
 from ..coresets.gradients import Glister, GlisterDeepCore, GradMatch
@@ -66,9 +66,12 @@ def compressed(data_name: str,
     path = kept("compressed") / f"{data_name}-{type(method).__name__}-{key}.safetensors"
     found = recalled(path, load_compressed, "the compressed set")
     if found is not None: return found
-    run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if isinstance(method, Distiller) else {}     # a killed run goes on where it was
+    path = in_cache(path, "the compressed set")
+    resumes = path and isinstance(method, Distiller)                        # a killed run goes on where it was
+    run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if resumes else {}
     made = method.compress(data, ipc=ipc, seed=seed, device=device, **run)
-    save(made, path)
+    with unasked("the compressed set"):
+        if path: save(made, path)
     return made
 
 # %% ../../nbs/reproduce/54_protocol.ipynb #5372128c

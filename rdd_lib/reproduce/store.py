@@ -7,12 +7,14 @@ __all__ = ['RESULTS_VERSION', 'function_name', 'CellKey', 'versions', 'device_us
 
 # %% ../../nbs/reproduce/50_store.ipynb #dce7314c
 import hashlib, inspect, json
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from math import isfinite
 from pathlib import Path
 import numpy as np
 import torch
-from ..core import BadArgument, BrokenFile, atomic, check, describe, device_of, digest, kept, set_aside
+from ..core import (BadArgument, BrokenFile, atomic, check, describe, device_of, digest, kept,
+                          require_writable, set_aside, unasked)
 
 # %% ../../nbs/reproduce/50_store.ipynb #f50e3f1c
 RESULTS_VERSION = "1"                    # raise it when a change of the library changes numbers
@@ -104,7 +106,11 @@ class CellStore:
     "A folder of results, one JSON file each. `store.get(key)`, `store.put(key, result)`, `key in store`, `for record in store`."
     folder: str | Path | None = None     # None: `kept("cells")`: $RDD_STORE, or the user's cache folder
 
-    def __post_init__(self): object.__setattr__(self, "folder", Path(self.folder or kept("cells")).expanduser().absolute())
+    def __post_init__(self):
+        object.__setattr__(self, "_asked", bool(self.folder))
+        object.__setattr__(self, "folder", Path(self.folder or kept("cells")).expanduser().absolute())
+
+    def _writing(self): return nullcontext() if self._asked else unasked("results")
 
     def path(self, key: CellKey) -> Path: return self.folder/key.file
 
@@ -116,11 +122,11 @@ class CellStore:
     def put(self, key: CellKey, result,
             **about,                     # what else to write down: seconds, device, threads
            ):                            # `result` as `get` will give it back
-        "Writes a result, whole or not at all. Raises `BadArgument` for what is not plain data, `Unwritable` where the folder is."
+        "Writes a result, whole or not at all. Raises `BadArgument` for what is not plain data, `Unwritable` where the folder is (a warning for the default one)."
         record = {"function": key.function, "arguments": key.arguments, "version": key.version, "result": _encode(result)}
         record |= {"sha256": _checksum(record), **_encode(about, "about"), "versions": versions()}
         text = json.dumps(record, indent=1, allow_nan=False)
-        with atomic(self.path(key)) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
+        with self._writing(), atomic(self.path(key)) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
         return json.loads(text, object_hook=_decode)["result"]
 
     def record(self, path) -> dict | None:
@@ -132,9 +138,8 @@ class CellStore:
         except (ValueError, KeyError, TypeError, AttributeError) as e: set_aside(path, e, "the result file")
 
     def require_writable(self):
-        "Raises `Unwritable` now rather than after an hour."
-        with atomic(self.folder/".writable") as tmp: tmp.write_text("")
-        (self.folder/".writable").unlink(missing_ok=True)
+        "Raises `Unwritable` now rather than after an hour; of the default folder, a warning."
+        with self._writing(): require_writable(self.folder/".writable")
 
     def __contains__(self, key: CellKey) -> bool: return self.record(self.path(key)) is not None
     def __iter__(self): return (r for p in sorted(self.folder.glob("[!.]*-*.json")) if (r := self.record(p)) is not None)

@@ -438,6 +438,7 @@ def _certify(model, x, y, threat, method):
 class CertifiedTraining:
     """Clean cross-entropy, and that of the worst logits which the bounds allow (Gowal et al. 2018, eq. 12-13; CROWN-IBP, Zhang et al. 2020, eq. 11).
     Called as it is, at the full radius; through `session()`, as `Trainer` does, the radius grows over the first `warmup` steps."""
+    per_image = True              # as in `Standard`: may be computed in parts
     threat: Threat
     kappa: float = .5                 # weight of the clean loss, reached from 1
     beta: float = 0.                  # share of CROWN-IBP's margins, the rest being IBP's

@@ -61,6 +61,7 @@ class Outcome:
     backward_samples: int = 0      # images that went backward through it
     margin: Tensor | None = None   # (N,) logit of the true class less the highest other one, on the clean image
     fingerprint: str = ""          # of the images: outcomes of the same images can be compared pair by pair
+    checkpoint: Path | None = None # a file that holds the evaluation until it is saved
 
     def __len__(self): return len(self.y)
 
@@ -94,8 +95,10 @@ class Outcome:
         return pd.DataFrame({k: v.numpy() if torch.is_tensor(v) else v for k, v in columns.items() if v is not None})
 
     def save(self, path: str | Path) -> Path:
-        "Write `table` to a .csv or .parquet file, whole or not at all. Raises `BadArgument` for another ending, `Unwritable`."
-        return save_table(self.table(), path)
+        "Write `table` to a .csv or .parquet file, whole or not at all, and remove the checkpoint. Raises `BadArgument` for another ending, `Unwritable`."
+        path = save_table(self.table(), path)
+        if self.checkpoint: self.checkpoint.unlink(missing_ok=True)
+        return path
 
     def plain(self) -> dict:
         "The counts that a table needs, as plain data."
@@ -130,6 +133,7 @@ def evaluate(model: nn.Module,
         found = dict(by=by, step=by, distance=torch.zeros(len(data), dtype=torch.float64), names=("clean",), forward_samples=len(data))
     else:
         r = attack_until_broken(attack, model, x, y, subseed(seed, "attack"), batch, **run)
+        if run.get("checkpoint") not in (None, False, True): about["checkpoint"] = Path(run["checkpoint"])
         logits, found = r.logits, dict(by=r.by.cpu(), step=r.step.cpu(), distance=r.distance.cpu(), names=tuple(r.names),
                                        forward_samples=r.forward_samples, backward_samples=r.backward_samples)
     return Outcome(predicted=logits.argmax(1).cpu(), margin=margin(logits, y).cpu(), **about, **found)

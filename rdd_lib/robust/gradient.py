@@ -17,6 +17,7 @@ from .objectives import check_search_mode, searching, weighted_mean
 @dataclass(frozen=True)
 class GradientPenalty:
     "l(x) + lam ||grad l(x)||^2: a loss that is flat around the images (Drucker & Le Cun 1992; Ross & Doshi-Velez 2018; Finlay & Oberman 2021)."
+    per_image = True              # as in `Standard`: may be computed in parts
     lam: float = .1               # weight of the penalty
     norm: int = 2                 # of the gradient: the dual of the threat's, 2 for L2, 1 for Linf
     h: float | None = None        # None: the exact gradient, differentiated twice; else a finite difference over h, in the threat's norm, pixel units

@@ -28,6 +28,7 @@ def boosted(logits: Tensor,  # (B, K)
 @dataclass(frozen=True)
 class Mart:
     "Boosted cross-entropy at x' plus lam KL(p(x) || p(x')) (1 - p_y(x)): misclassified images count most (Wang et al. 2020, section 3)."
+    per_image = True              # as in `Standard`: may be computed in parts
     attack: PGD                     # finds x': any attack that climbs to the end
     lam: float = 5.                 # lambda: weight of the KL
     search_mode: str = "eval"       # state of batch norm and dropout while searching: "eval" or "train"

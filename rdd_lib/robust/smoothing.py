@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor, nn
-from ..core import BrokenFile, atomic, check, check_images, check_whole, device_of, digest, progress, subseed
+from ..core import BrokenFile, atomic, check, check_images, check_whole, device_of, digest, progress, require_writable, subseed
 from ..core import generator as generator_of
 from .attacks import PGD, Attack, eval_mode, marks
 from .certified import Sandwich, images_and_labels
@@ -87,14 +87,14 @@ class Smoothed:
         return total
 
     def votes(self, x: Tensor, sizes: tuple, seed: int, purpose: str, first: int, device, checkpoint, every: float = 60.) -> Tensor:  # (N, len(sizes), K)
-        "The votes for each image, one count for each of `sizes`; written to `checkpoint` every `every` seconds, which is removed at the end. The model is moved to `device` and stays there."
+        "The votes for each image, one count for each of `sizes`; written to `checkpoint` every `every` seconds and at the end. The model is moved to `device` and stays there."
         check_images(x); device = device_of(device)
         model, done = self.model.to(device), _Kept(checkpoint, every, self, x, device, sizes, seed, purpose, first)
         with eval_mode(model):
             for i in progress(range(len(done.rows), len(x)), desc="smoothing", unit="image", initial=len(done.rows), total=len(x)):
                 g = generator_of(seed, purpose, first + i)
                 done.add(torch.stack([self.counts(x[i].to(device), n, g) for n in sizes]))
-        done.clear()
+        done.write()
         return torch.stack(done.rows)
 
     def certify(self, x: Tensor,             # (N, C, H, W) in [0, 1]
@@ -104,7 +104,7 @@ class Smoothed:
                 seed: int = 0,
                 first: int = 0,              # number of the first image: a part of a set then gets what it got in the whole
                 device: str = "auto",
-                checkpoint: str | Path | None = None,  # written every `every` seconds, read if it stands there, removed at the end
+                checkpoint: str | Path | None = None,  # written every `every` seconds, read if it stands there; at the end it holds all votes
                 every: float = 60.,          # seconds
                ) -> Radii:
         "The radius within which the vote cannot change (Cohen et al. 2019, algorithm CERTIFY). The model is moved to `device` and stays there. Raises `BadArgument`, `BrokenFile`."
@@ -129,8 +129,9 @@ class Smoothed:
 class _Kept:
     "Votes on their way to a file, which belongs to one run and no other."
     def __init__(self, path, every, smoothed, x, device, sizes, seed, purpose, first):
-        self.path, self.every, self.last, self.rows = path and Path(path), every, -inf, []   # due at once: a path that cannot be written shows at the first image
+        self.path, self.every, self.last, self.rows = path and Path(path), every, -inf, []
         if not path: return
+        require_writable(path)                                                     # said now, not after the first image
         self.key = digest([marks(smoothed.model, x), str(device), list(sizes), seed, purpose, first, smoothed.sigma, smoothed.batch], 32)
         if not self.path.exists(): return
         try:
@@ -140,12 +141,12 @@ class _Kept:
 
     def add(self, votes):
         self.rows.append(votes)
-        if not self.path or monotonic() - self.last < self.every: return     # not after each image: all rows are written each time
+        if monotonic() - self.last >= self.every: self.write()               # not after each image: all rows are written each time
+
+    def write(self):
+        if not self.path: return
         with atomic(self.path) as tmp, open(tmp, "wb") as f: np.savez(f, key=self.key, votes=torch.stack(self.rows).numpy())
         self.last = monotonic()
-
-    def clear(self):
-        if self.path: self.path.unlink(missing_ok=True)
 
 # %% ../../nbs/robust/36b_smoothing.ipynb #0d4a4b05
 @dataclass(frozen=True)
@@ -155,6 +156,9 @@ class Noisy:
     inner: Standard = Standard()   # the loss at the noisy images
 
     def __post_init__(self): check(self.sigma >= 0, f"sigma must be >= 0, got {self.sigma!r}")
+
+    @property
+    def per_image(self): return getattr(self.inner, "per_image", False)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, w: Tensor | None = None, generator=None) -> Tensor:
         g = generator_of(0 if generator is None else generator)

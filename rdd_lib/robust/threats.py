@@ -6,6 +6,7 @@
 __all__ = ['THREATS', 'spread', 'Threat', 'Linf', 'L2', 'matched_l2', 'threat_of']
 
 # %% ../../nbs/robust/30_threats.ipynb #cfe2d9cd
+import warnings
 from dataclasses import dataclass
 from math import e, isfinite, pi, sqrt
 import torch
@@ -57,8 +58,16 @@ def _uniform(x, g):
     return torch.rand(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device)
 
 # %% ../../nbs/robust/30_threats.ipynb #a183dcbf
+def _warn_of_bytes(eps, most):
+    "The words never change and come from one line, so that they are said once."
+    if eps >= most: warnings.warn("an eps this large reaches every image: radii are in pixels of [0, 1]; 8/255 = .0314", stacklevel=1)
+
 class Linf(Threat):
-    "Every pixel of x' is within `eps` of that of x."
+    "Every pixel of x' is within `eps` of that of x. From 2 on a warning: somebody thought of bytes."
+    def __post_init__(self):
+        super().__post_init__()
+        _warn_of_bytes(self.eps, 2)
+
     def norm(self, d: Tensor) -> Tensor: return d.abs().flatten(1).amax(1)
     def direction(self, grad: Tensor) -> Tensor: return grad.sign()
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -105,7 +114,7 @@ THREATS = {"linf": Linf, "l2": L2}
 
 def threat_of(text: str | Threat,  # "linf:0.1", "linf:8/255", "l2:.84"; a Threat is handed through
              ) -> Threat:
-    "The threat that `text` names. Raises `UnknownName` for a norm, `BadArgument` for a radius."
+    "The threat that `text` names, a warning where its radius is one of bytes. Raises `UnknownName` for a norm, `BadArgument` for a radius."
     if isinstance(text, Threat): return text
     check(isinstance(text, str) and text.count(":") == 1, f"threat must be 'norm:radius', like 'linf:8/255' or 'l2:.84', got {text!r}")
     name, _, radius = text.partition(":")
@@ -113,4 +122,6 @@ def threat_of(text: str | Threat,  # "linf:0.1", "linf:8/255", "l2:.84"; a Threa
     above, slash, below = radius.partition("/")
     try: eps = float(above) / (float(below) if slash else 1)
     except (ValueError, ZeroDivisionError): raise BadArgument(f"the radius of threat {text!r} must be a number or a fraction, like .1 or 8/255, got {radius!r}") from None
-    return make(eps)
+    threat = make(eps)
+    if isinstance(threat, L2): _warn_of_bytes(eps, 32)             # not where an L2 is made: up to sqrt(n), a radius may be meant
+    return threat

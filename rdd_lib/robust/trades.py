@@ -27,6 +27,7 @@ def divergence(p: Tensor,     # (B, K) logits
 @dataclass(frozen=True)
 class Trades:
     "Cross-entropy at x plus beta KL(p(x) || p(x')), x' the point of the ball where the KL is largest (Zhang et al. 2019, algorithm 1)."
+    per_image = True              # as in `Standard`: may be computed in parts
     threat: Threat
     beta: float = 6.                 # weight of the KL: 1 / lambda in the paper
     steps: int = 10                  # of the climb
