@@ -7,7 +7,9 @@ from nbconvert import MarkdownExporter
 
 index = nbformat.read(Path(__file__).parents[1] / "nbs" / "index.ipynb", 4)
 index.metadata["language_info"] = {"name": "python"}
+index.cells = [cell for cell in index.cells if not cell.source.startswith("#| hide")]     # what only tests need
 for cell in index.cells:
+    cell.source = cell.source.removeprefix("#| slow\n")                                   # for nbdev_test
     if cell.source.startswith("#| echo: false"): cell.metadata["transient"] = {"remove_source": True}                        # tables are shown, not how they are printed
 text, _ = MarkdownExporter().from_notebook_node(index)
 text = re.sub(r"\]\((?!\.\./|https?:|#)", "](nbs/", text).replace("](../", "](")          # links in the index start from nbs/
