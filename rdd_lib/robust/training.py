@@ -11,11 +11,12 @@ import contextlib
 from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor, nn
-from ..core import check, check_whole, device_of, generator, keep_heap, lookup, progress, subseed, with_settings
+from ..core import (check, check_whole, device_of, generator, keep_heap, lookup, one_look, progress, sent, subseed,
+                          with_settings)
 from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net
-from .attacks import PGD
+from .attacks import PGD, check_answer
 from .certified import CertifiedTraining
 from .curvature import Curvature
 from .fast import Free, fast
@@ -81,7 +82,7 @@ class Trainer:
                  seed: int = 0,              # of initialisation, order and attacks, each with a stream of its own
                  device: str = "auto",
                  log: list | None = None,    # where given, the loss of every step is appended
-                 watch=None,                 # where given, called in every step with the batch's indices and the model's last logits for it
+                 watch=None,                 # where given, called in every step with the batch's indices (on the CPU) and the model's last logits for it
                  each=None,                  # where given, called after every step as each(step, model); the first step is 1
                 ) -> nn.Module:
         "Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number."
@@ -98,14 +99,15 @@ class Trainer:
         hook = model.register_forward_hook(lambda module, inputs, logits: last.update(logits=logits.detach())) if watch else None
         objective, replays = session_of(self.objective), getattr(self.objective, "replays", 1)
         for step, i in zip(progress(range(total), desc="training"), rule.get("batches") or batches(len(data), self.batch, order, replays)):
-            i = torch.as_tensor(i, device=device)
+            drawn = torch.as_tensor(i)
+            i, = sent(device, drawn)
             opt.param_groups[0]["lr"] = rule["lrs"][step] if "lrs" in rule else self.lr * SCHEDULES[self.schedule](step / total)
             batch = pixels(x[i])
             if self.augment: batch = scale.pixels(Siamese(self.augment, data.name, changes, len(i))(scale.normalise(batch)))
-            with in_precision(self.precision, device): loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
+            with one_look(), in_precision(self.precision, device): loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
-            if watch: watch(i, last["logits"])
+            if watch: watch(drawn, last["logits"])
             if each: each(step + 1, model)
         if hook: hook.remove()
         check(bool(torch.isfinite(loss)), f"training diverged: the loss is {loss.item()} after {total} steps with lr={self.lr}; try a smaller lr")
@@ -134,9 +136,11 @@ def targets(data: ImageSet) -> Tensor:
 def predict(model: nn.Module,
             x: Tensor,            # (N, C, H, W) in [0, 1]
             batch: int = 256,
+            name: str = "predict",  # who asks: for the message
+            nan: bool = False,      # whether NaN is let through
            ) -> Tensor:           # (N, K) logits, float32, on x's device
-    "Logits, in batches and without gradients, in the mode the model is in."
-    return torch.cat([model(b).float() for b in x.split(batch)])
+    "Logits, in batches and without gradients, in the mode the model is in. Raises `BadArgument` for what is none, NaN among it."
+    with one_look(): return torch.cat([check_answer(model(b), len(b), name, nan).float() for b in x.split(batch)])
 
 # %% ../../nbs/robust/34_training.ipynb #bbfa3c0c
 def _generalized(threat, eta=None):
