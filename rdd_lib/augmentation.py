@@ -43,7 +43,7 @@ def _crop(u, r):
     padded = F.pad(u, (pad,) * 4)
     span, image = torch.arange(side, device=u.device), torch.arange(len(u), device=u.device)
     if len(top) == 1 and not u.is_cuda: return padded[..., top:top + side, left:left + side]
-    if len(top) == 1: return padded.index_select(-2, top + span).index_select(-1, left + span)   # a slice would wait for its ends
+    if len(top) == 1: return padded.index_select(-2, top + span).index_select(-1, left + span)   # a slice would wait
     return padded.permute(0, 2, 3, 1)[image[:, None, None], (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None]].permute(0, 3, 1, 2)
 
 def _cutout(u, r):

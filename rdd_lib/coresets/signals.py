@@ -37,7 +37,8 @@ class Signals:
               f"features and logits must have a row for each of {n} labels, got {tuple(self.features.shape)} and {tuple(self.logits.shape)}")
         for name in ("features", "logits"):
             check(not (bad := int((~torch.isfinite(getattr(self, name))).sum())), f"{name} must be finite, {bad} of its entries are not: did the proxy's training diverge?")
-        check(0 <= self.y.min() and self.y.max() < self.logits.shape[1], lambda: f"y must be in 0 ... {self.logits.shape[1] - 1}, got {self.y.min()} ... {self.y.max()}")
+        check(0 <= self.y.min() and self.y.max() < self.logits.shape[1],
+              lambda: f"y must be in 0 ... {self.logits.shape[1] - 1}, got {self.y.min()} ... {self.y.max()}")
         for name in HISTORY: check((t := getattr(self, name)) is None or t.dim() == 2 and t.shape[1] == n, f"{name} must be (epochs, {n}), got {t is not None and tuple(t.shape)}")
 
     def __len__(self): return len(self.y)

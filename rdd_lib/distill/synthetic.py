@@ -170,7 +170,7 @@ class Distiller(Compressor):
         opt.zero_grad(set_to_none=True)
         with one_look():
             for loss in losses:
-                loss.backward(inputs=leaves)                   # into the leaves only: the network's own gradients are never computed
+                loss.backward(inputs=leaves)      # into the leaves only: the network's own gradients are never computed
                 total = total + loss.detach()
             opt.step()
             with torch.no_grad(): s.scale.clamp_(s.u)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..core import RddError, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
 from ..core import generator as generator_of
 from ..data import ImageSet, sample
-from .attacks import APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, eval_mode, margin, slope
+from .attacks import (APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, eval_mode, margin,
+                                    slope)
 from .autoattack import AutoAttack, attack_of
 from .evaluation import evaluate, wilson
 from .square import Square

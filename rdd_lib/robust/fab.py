@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor
 from ..core import check, check_whole, lookup, numbers, one_look, progress
-from .attacks import Walk, check_batch, _in_range, check_logits, eval_mode, slope, wrong_at
+from .attacks import Walk, _in_range, check_batch, check_logits, eval_mode, slope, wrong_at
 from .threats import L2, THREATS, Threat, spread
 
 # %% ../../nbs/robust/31b_fab.ipynb #f30120be
@@ -24,7 +24,7 @@ def water_level(weight: Tensor,  # (N, n), at least 0
     looks = 8 if level.is_cuda else 1                              # rounds from one look to the next, for a GPU waits
     for step in count():
         before, free = free, torch.gt(full, level[:, None], out=scratch).sum(1)
-        solved = (before == free).all() if step else torch.zeros_like(free[0], dtype=torch.bool)   # the same linear piece as before
+        solved = (before == free).all() & (step > 0)               # the same linear piece as before
         if step and step % looks == 0 and solved: return level
         rate = scratch.mul_(weight).sum(1)
         held = torch.minimum(full, level[:, None], out=scratch).mul_(weight).sum(1)

@@ -58,8 +58,11 @@ def loss_surface(model: nn.Module,
             at = x.clone().requires_grad_()
             g = slope(loss(check_logits(model(at), y, "loss surface"), y), at)
         directions, steps = _directions(g, signs, generator_of(seed, "surface")), torch.linspace(-radius, radius, n).to(x)
-        def there(a, b): return check_answer(model(x + a * directions[:, 0] + b * directions[:, 1]), len(x), "loss surface").float()
-        with one_look(), torch.no_grad(): logits = torch.stack([torch.stack([there(a, b) for b in steps], 1) for a in steps], 1)
+        def there(a, b):
+            logits = model(x + a * directions[:, 0] + b * directions[:, 1])
+            return check_answer(logits, len(x), "loss surface").float()
+        with one_look(), torch.no_grad():
+            logits = torch.stack([torch.stack([there(a, b) for b in steps], 1) for a in steps], 1)
     flat = logits.flatten(0, 2), y.repeat_interleave(n * n)
     return Surface(steps, loss(*flat).view(len(x), n, n), (flat[0].argmax(1) == flat[1]).view(len(x), n, n), directions)
 

@@ -81,7 +81,7 @@ class Smoothed:
                n: int,                # noisy copies
                generator: torch.Generator,
               ) -> Tensor:            # (K,) how often each class was answered
-        "The votes under `n` draws of noise. The model has to be in eval mode. Raises `BadArgument` for NaN and what are no logits."
+        "The votes under `n` draws of noise. The model has to be in eval mode. Raises `BadArgument` for NaN and for no logits."
         total = 0
         with one_look():
             for size in [self.batch] * (n // self.batch) + [n % self.batch] * (n % self.batch > 0):
@@ -136,8 +136,8 @@ class _Kept:
     def __init__(self, path, every, smoothed, x, device, sizes, seed, purpose, first):
         self.path, self.every, self.last, self.rows = path and Path(path), every, -inf, []   # due at once: a path that cannot be written shows at the first image
         if not path: return
-        drawn = [] if smoothed.noise == "cpu" else [smoothed.noise]
-        self.key = digest([marks(smoothed.model, x), str(device), list(sizes), seed, purpose, first, smoothed.sigma, smoothed.batch, *drawn], 32)
+        settings = [smoothed.sigma, smoothed.batch] + ([] if smoothed.noise == "cpu" else [smoothed.noise])
+        self.key = digest([marks(smoothed.model, x), str(device), list(sizes), seed, purpose, first, *settings], 32)
         if not self.path.exists(): return
         try:
             with np.load(self.path, allow_pickle=False) as f: key, self.rows = str(f["key"]), [*torch.from_numpy(f["votes"])]

@@ -139,7 +139,8 @@ class Square(Walk):
 
     def _remember(self, s, losses):
         better = losses > s["height"]
-        if better.is_cuda: return s | dict(best=_where(better, s["at"], s["best"]), height=torch.where(better, losses, s["height"]))
+        if better.is_cuda:
+            return s | dict(best=_where(better, s["at"], s["best"]), height=torch.where(better, losses, s["height"]))
         rows = better.nonzero()[:, 0]                                      # few: late in a walk, hardly a window is kept
         return s | dict(best=s["best"].index_copy(0, rows, s["at"][rows]), height=s["height"].index_copy(0, rows, losses[rows])) if len(rows) else s
 

@@ -82,7 +82,7 @@ class Trainer:
                  seed: int = 0,              # of initialisation, order and attacks, each with a stream of its own
                  device: str = "auto",
                  log: list | None = None,    # where given, the loss of every step is appended
-                 watch=None,                 # where given, called in every step with the batch's indices (on the CPU) and the model's last logits for it
+                 watch=None,                 # where given, called in every step with the batch's indices and the model's last logits for it
                  each=None,                  # where given, called after every step as each(step, model); the first step is 1
                 ) -> nn.Module:
         "Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number."
@@ -104,7 +104,8 @@ class Trainer:
             opt.param_groups[0]["lr"] = rule["lrs"][step] if "lrs" in rule else self.lr * SCHEDULES[self.schedule](step / total)
             batch = pixels(x[i])
             if self.augment: batch = scale.pixels(Siamese(self.augment, data.name, changes, len(i))(scale.normalise(batch)))
-            with one_look(), in_precision(self.precision, device): loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
+            with one_look(), in_precision(self.precision, device):
+                loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
             if watch: watch(drawn, last["logits"])
@@ -139,7 +140,7 @@ def predict(model: nn.Module,
             name: str = "predict",  # who asks: for the message
             nan: bool = False,      # whether NaN is let through
            ) -> Tensor:           # (N, K) logits, float32, on x's device
-    "Logits, in batches and without gradients, in the mode the model is in. Raises `BadArgument` for what is none, NaN among it."
+    "Logits, in batches and without gradients, in the mode the model is in. Raises `BadArgument` for NaN and for no logits."
     with one_look(): return torch.cat([check_answer(model(b), len(b), name, nan).float() for b in x.split(batch)])
 
 # %% ../../nbs/robust/34_training.ipynb #bbfa3c0c
