@@ -41,7 +41,7 @@ class NoDevice(RddError, RuntimeError):
 
 # %% ../nbs/00_core.ipynb #27bef384
 def check(ok,            # what must hold
-          message,       # one sentence naming the argument and its value; where it is dear to make, a function that makes it
+          message,       # one sentence naming the argument and its value; a function that makes it where that is dear
           error=BadArgument,
          ) -> None:
     "Raise `error(message)` unless `ok`."
@@ -171,7 +171,7 @@ def check_values(ok: torch.Tensor,   # bool, without dimensions: what must hold 
     if len(noted) >= 100: numbers()           # so that the notes of a long walk take no memory
 
 def numbers(*values: torch.Tensor) -> list:   # of one device, without dimensions
-    "The values as Python numbers; on a GPU they come in one copy, together with what `check_values` has noted. Raises what it finds."
+    "The values as Python numbers; from a GPU in one copy, together with what `check_values` noted. Raises what it finds."
     noted = _noted.get() or []
     if not noted and all(v.device.type == "cpu" for v in values): return [v.item() for v in values]
     asked = [ok for ok, _, _ in noted] + [*values]
@@ -184,7 +184,7 @@ def numbers(*values: torch.Tensor) -> list:   # of one device, without dimension
 
 @contextlib.contextmanager
 def one_look():
-    "Inside, `check_values` notes what it is asked on a GPU; at the end the notes are read. Where one stands in another, the outer one reads."
+    "Inside, on a GPU, `check_values` takes notes; they are read at the end. Where one stands in another, the outer one reads."
     if _noted.get() is not None: yield; return
     before = _noted.set([])
     try:

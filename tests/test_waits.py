@@ -1,5 +1,5 @@
-"""How often the host waits for a GPU: counted on the pretend one, in n and in 2n steps. And that what is looked at later is
-refused all the same, and results are the CPU's."""
+"""How often the host waits for a GPU: counted on the pretend one, in n and in 2n steps. And that what is looked at later
+is refused all the same, and results are the CPU's."""
 import importlib.util
 from pathlib import Path
 import pytest

@@ -79,7 +79,8 @@ def _drift(again: Tensor, then: Tensor, step: Tensor) -> Tensor:
 def _check_same_steps(drift: list):
     drift = torch.stack(drift)                            # one look at the end: on a GPU each look waits
     check(not (drift > 1).any(), lambda: "loss must give the same value for the same theta and t, "
-          f"but step {len(drift) - 1 - int(drift.nan_to_num().argmax())} came out otherwise when it was built again; draw augmentation and dropout before unrolling")
+          f"but step {len(drift) - 1 - int(drift.nan_to_num().argmax())} came out otherwise when it was built again; "
+          "draw augmentation and dropout before unrolling")
 
 # %% ../../nbs/distill/43_unrolled.ipynb #2ec216f0
 def _pulled(g, v, sources):

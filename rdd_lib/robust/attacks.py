@@ -92,7 +92,8 @@ def check_answer(logits: Tensor,
                 ) -> Tensor:
     "(N, K) logits without NaN, K >= 2. Raises `BadArgument`."
     check(torch.is_tensor(logits) and logits.dim() == 2 and len(logits) == n and logits.shape[1] >= 2,
-          lambda: f"{name}: the model must return logits of shape ({n}, classes), classes >= 2, got {_shape_of(logits)}")
+          lambda: f"{name}: the model must return logits of shape ({n}, classes), classes >= 2, "
+          f"got {_shape_of(logits)}")
     if not nan:
         check_values(~logits.isnan().any(), lambda: f"{name}: the model returned NaN logits for "
                      f"{int(logits.isnan().any(1).sum())} of {n} images")
@@ -198,7 +199,7 @@ class AttackResult:
 
 # %% ../../nbs/robust/31_attacks.ipynb #dad2f53d
 def _in_range(s, logits):
-    "`s` with labels that index the logits: on a GPU, where the check's answer comes later, one too large ends the process."
+    "`s` with labels that index the logits: on a GPU, where the check is read later, one too large ends the process."
     return s | dict(y=s["y"].clamp(0, logits.shape[1] - 1)) if logits.is_cuda else s
 
 class Walk(Attack):
@@ -494,7 +495,8 @@ def attack_until_broken(attack: Attack,
 
 # %% ../../nbs/robust/31_attacks.ipynb #beb06131
 @cache
-def checkpoints(steps: int, device="cpu") -> Tensor:  # (steps + 1,): at each look, the length of the window that ends there, 0 between windows
+def checkpoints(steps: int, device="cpu",
+               ) -> Tensor:  # (steps + 1,): at each look, the length of the window that ends there, 0 between windows
     "Auto-PGD's schedule: the first window is .22 of the steps, each further one .03 shorter, down to .06 (Croce & Hein 2020, section 3.1)."
     windows, w, at = torch.zeros(steps + 1, dtype=torch.long), max(int(.22 * steps), 1), 0
     while (at := at + w) <= steps:
@@ -547,7 +549,7 @@ class APGD(Walk):
         "At the end of a window: halve and return to the best point if the loss rose in at most 3/4 of its steps, or neither size nor best changed."
         window = checkpoints(self.steps, s["i"].device)[s["i"]]
         due = window > 0
-        if not due.is_cuda and not due.any(): return s, grad       # a GPU is not asked: what is not due does not change below
+        if not due.is_cuda and not due.any(): return s, grad       # a GPU is not asked: what is not due stays as it is
         stalled = (s["rises"] <= .75 * window) | (~s["halved"] & (s["checked_loss"] >= s["best_loss"]))
         halve = due & stalled
         return s | dict(size=torch.where(halve, s["size"] / 2, s["size"]), at=_where(halve, s["best"], s["at"]), rises=torch.where(due, 0, s["rises"]),

@@ -122,7 +122,8 @@ def evaluate(model: nn.Module,
     about = dict(y=data.y, classes=tuple(data.classes), fingerprint=data.fingerprint)
     if attack is None:
         if batch is not None: check_whole("batch", batch)
-        with one_look(), eval_mode(model): logits = check_logits(predict(model, x, batch or 250, "evaluate"), y, "evaluate")
+        with one_look(), eval_mode(model):
+            logits = check_logits(predict(model, x, batch or 250, "evaluate"), y, "evaluate")
         by = torch.where(logits.argmax(1) == y, -1, 0).cpu()
         found = dict(by=by, step=by, distance=torch.zeros(len(data), dtype=torch.float64), names=("clean",), forward_samples=len(data))
     else:

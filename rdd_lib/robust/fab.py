@@ -139,7 +139,8 @@ def boundary_distance(model,             # images in [0, 1] -> logits; in eval m
         x, y = check_batch(x, y)
         batches = [*zip(x.split(batch_size), y.split(batch_size), strict=True)]
         found = torch.cat([_nearest(attack, model, xb, yb, halvings) for xb, yb in progress(batches, desc="boundary", unit="batch")])
-        distance, parts = attack.threat.distance(found, x), zip(found.split(batch_size), y.split(batch_size), strict=True)
+        distance = attack.threat.distance(found, x)
+        parts = zip(found.split(batch_size), y.split(batch_size), strict=True)
         wrong = torch.cat([wrong_at(model, xb, yb, "boundary") for xb, yb in parts])
     return Nearest(found, torch.where(wrong, distance, torch.inf))
 

@@ -81,7 +81,7 @@ class Smoothed:
                n: int,                # noisy copies
                generator: torch.Generator,
               ) -> Tensor:            # (K,) how often each class was answered
-        "The votes under `n` draws of noise. The model has to be in eval mode. Raises `BadArgument` for NaN and for no logits."
+        "The votes under `n` draws of noise, of a model in eval mode. Raises `BadArgument` for NaN and for no logits."
         total = 0
         with one_look():
             for size in [self.batch] * (n // self.batch) + [n % self.batch] * (n % self.batch > 0):

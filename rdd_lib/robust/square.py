@@ -174,7 +174,7 @@ class Square(Walk):
         (h, w), table = s["at"].shape[2:], s["shared"]
         side, top, left, lying = (table[k][query][:, None, None] for k in ("side", "top", "left", "lying"))
         down, right = (torch.arange(n, device=side.device) for n in (h, w))
-        down, right = down[:, None] - top, right - left                        # (n, H, 1), (n, 1, W): places in the window
+        down, right = down[:, None] - top, right - left                # (n, H, 1), (n, 1, W): places in the window
         inside = (down >= 0) & (down < side) & (right >= 0) & (right < side)
         which, hills = _patterns(s["at"].device, *self._schedule(s["at"].shape[1:]))
         row, column = (torch.where(lying, a, b).clamp(0, hills.shape[1] - 1) for a, b in ((right, down), (down, right)))

@@ -140,7 +140,7 @@ def predict(model: nn.Module,
             name: str = "predict",  # who asks: for the message
             nan: bool = False,      # whether NaN is let through
            ) -> Tensor:           # (N, K) logits, float32, on x's device
-    "Logits, in batches and without gradients, in the mode the model is in. Raises `BadArgument` for NaN and for no logits."
+    "Logits, in batches and without gradients, in the mode the model is in. Raises `BadArgument` where they are none."
     with one_look(): return torch.cat([check_answer(model(b), len(b), name, nan).float() for b in x.split(batch)])
 
 # %% ../../nbs/robust/34_training.ipynb #bbfa3c0c
