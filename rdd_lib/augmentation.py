@@ -9,7 +9,7 @@ __all__ = ['OPERATIONS', 'DSA', 'NOT_FLIPPED', 'Scale', 'Siamese']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .core import lookup
+from .core import lookup, sent
 from .data import ImageSet
 from .models import statistics
 
@@ -41,8 +41,9 @@ def _crop(u, r):
     side, pad = u.shape[-1], int(u.shape[-1] * .125 + .5)
     top, left = (r[:2] * (2 * pad + 1)).long()
     padded = F.pad(u, (pad,) * 4)
-    if len(top) == 1: return padded[..., top:top + side, left:left + side]
     span, image = torch.arange(side, device=u.device), torch.arange(len(u), device=u.device)
+    if len(top) == 1 and not u.is_cuda: return padded[..., top:top + side, left:left + side]
+    if len(top) == 1: return padded.index_select(-2, top + span).index_select(-1, left + span)   # a slice would wait
     return padded.permute(0, 2, 3, 1)[image[:, None, None], (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None]].permute(0, 3, 1, 2)
 
 def _cutout(u, r):
@@ -94,4 +95,4 @@ class Siamese:
                  rows=None,          # which of the drawn images these are, where each has its own strength; None: all
                 ) -> Tensor:
         own = self.strength if rows is None or self.strength.shape[1] == 1 else self.strength[:, rows]
-        return u if self.op is None else self.op(u, own.to(u.device))
+        return u if self.op is None else self.op(u, *sent(u.device, own))

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
            'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'plain', 'subseed', 'generator', 'drawn',
-           'seeded', 'device_of', 'writing', 'atomic', 'require_writable', 'require_readable', 'set_aside', 'recalled',
-           'kept', 'unasked', 'in_cache', 'keep_heap', 'progress', 'check_images']
+           'seeded', 'device_of', 'check_values', 'numbers', 'one_look', 'sent', 'writing', 'atomic',
+           'require_writable', 'require_readable', 'set_aside', 'recalled', 'kept', 'unasked', 'in_cache', 'keep_heap',
+           'progress', 'check_images']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import contextlib, hashlib, json, os, re, sys, tempfile, time, warnings
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,11 +43,11 @@ class NoDevice(RddError, RuntimeError):
 
 # %% ../nbs/00_core.ipynb #27bef384
 def check(ok,            # what must hold
-          message: str,  # one sentence naming the argument and its value
+          message,       # one sentence naming the argument and its value; a function that makes it where that is dear
           error=BadArgument,
          ) -> None:
     "Raise `error(message)` unless `ok`."
-    if not ok: raise error(message)
+    if not ok: raise error(message() if callable(message) else message)
 
 # %% ../nbs/00_core.ipynb #6bb038dc
 def check_whole(name: str, value, least: int = 1) -> int:   # `value`, NumPy's integers as Python's
@@ -168,6 +170,50 @@ def device_of(name="auto") -> torch.device:
     except RuntimeError: raise BadArgument(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from None
     check(device.type != "cuda" or torch.cuda.is_available(), f"device {str(name)!r} was asked for, but torch sees no GPU", NoDevice)
     return device
+
+# %% ../nbs/00_core.ipynb #d0a7e942
+_noted = ContextVar("noted", default=None)    # (what must hold, message, error), within `one_look`
+
+def check_values(ok: torch.Tensor,   # bool, without dimensions: what must hold of values that only the device knows
+                 message,            # as in `check`: a function, for it is not needed before the look
+                 error=BadArgument,
+                ) -> None:
+    "`check`, at once; within `one_look` on a GPU at the next look."
+    noted = _noted.get()
+    if noted is None or not ok.is_cuda: return check(ok, message, error)
+    noted.append((ok, message, error))
+    if len(noted) >= 100: numbers()           # so that the notes of a long walk take no memory
+
+def numbers(*values: torch.Tensor) -> list:   # of one device, without dimensions
+    "The values as Python numbers; from a GPU in one copy, together with what `check_values` noted. Raises what it finds."
+    noted = _noted.get() or []
+    if not noted and all(v.device.type == "cpu" for v in values): return [v.item() for v in values]
+    asked = [ok for ok, _, _ in noted] + [*values]
+    if not asked: return []
+    kind = torch.float64 if any(v.is_floating_point() for v in asked) else torch.int64
+    found, due = torch.stack([v.to(kind) for v in asked]).tolist(), noted[:]
+    noted.clear()
+    for ok, (_, message, error) in zip(found, due): check(ok, message, error)
+    return found[len(due):]
+
+@contextlib.contextmanager
+def one_look():
+    "Inside, on a GPU, `check_values` takes notes; they are read at the end. Where one stands in another, the outer one reads."
+    if _noted.get() is not None: yield; return
+    before = _noted.set([])
+    try:
+        try: yield
+        finally: numbers()                    # after an error too: what was noted came before it
+    finally: _noted.reset(before)
+
+# %% ../nbs/00_core.ipynb #94e2a07b
+def sent(device: torch.device, *tensors: torch.Tensor) -> list:
+    "The tensors on `device`; on a GPU they get there in one copy that nobody waits for."
+    device = torch.device(device)
+    if device.type != "cuda" or any(t.is_cuda for t in tensors): return [t.to(device) for t in tensors]
+    parts = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors]
+    there = torch.cat(parts).pin_memory().to(device, non_blocking=True).split([len(p) for p in parts])
+    return [p.clone().view(t.dtype).view(t.shape) for p, t in zip(there, tensors)]
 
 # %% ../nbs/00_core.ipynb #e2c55d76
 @contextlib.contextmanager
@@ -311,5 +357,6 @@ def check_images(x: torch.Tensor,      # (N, C, H, W) or (N, d): pixels in [0, 1
     check(x.dim() >= 2 and len(x), f"{name} must be a non-empty batch of shape (N, ...), got shape {tuple(x.shape)}")
     check(x.is_floating_point(), f"{name} must be floating point, got {x.dtype}")
     lo, hi = x.aminmax()
-    check(bool(lo >= 0) and bool(hi <= 1), f"{name} must lie in [0, 1] and hold no NaN; its smallest value is {lo:.4g}, its largest {hi:.4g}")
+    check_values((lo >= 0) & (hi <= 1), lambda: f"{name} must lie in [0, 1] and hold no NaN; its smallest value is "
+                 f"{lo:.4g}, its largest {hi:.4g}")
     return x

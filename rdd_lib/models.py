@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'MNIST_STATS', 'STATS', 'MODELS', 'ConvNet', 'MLP', 'LeNet', 'ResNet18', 'statistics', 'Normalized', 'build',
-           'Net', 'eval_mode', 'frozen', 'takes_one']
+           'onto', 'Net', 'eval_mode', 'frozen', 'takes_one']
 
 # %% ../nbs/02_models.ipynb #1a0f4c38
 import contextlib, copy
 from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
-from .core import check, lookup, seeded
+from .core import check, lookup, seeded, sent
 from .data import ImageSet
 
 # %% ../nbs/02_models.ipynb #4f187872
@@ -132,6 +132,13 @@ def build(name: str,        # one of `MODELS`
     except TypeError as e: check(False, f"model {name!r} cannot take these settings {settings}: {e}")
     model = Normalized(net, *statistics(data)).eval()
     model.classes = data.classes
+    return model
+
+def onto(model: nn.Module, device: torch.device) -> nn.Module:
+    "`model.to(device)`; to a GPU all parameters and buffers go in one copy that nobody waits for."
+    if torch.device(device).type != "cuda": return model.to(device)
+    tensors = [*model.parameters(), *model.buffers()]
+    for here, there in zip(tensors, sent(device, *tensors)): here.data = there
     return model
 
 # %% ../nbs/02_models.ipynb #3cfdb98b

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import (atomic, check, describe, device_of, digest, generator, kept, progress, recalled,
+from ..core import (atomic, check, describe, device_of, digest, generator, kept, progress, recalled, sent,
                           subseed, unasked)
 from .basic import Coreset
 from ..data import ImageSet, pixels
@@ -38,7 +38,8 @@ class Signals:
               f"features and logits must have a row for each of {n} labels, got {tuple(self.features.shape)} and {tuple(self.logits.shape)}")
         for name in ("features", "logits"):
             check(not (bad := int((~torch.isfinite(getattr(self, name))).sum())), f"{name} must be finite, {bad} of its entries are not: did the proxy's training diverge?")
-        check(0 <= self.y.min() and self.y.max() < self.logits.shape[1], f"y must be in 0 ... {self.logits.shape[1] - 1}, got {self.y.min()} ... {self.y.max()}")
+        check(0 <= self.y.min() and self.y.max() < self.logits.shape[1],
+              lambda: f"y must be in 0 ... {self.logits.shape[1] - 1}, got {self.y.min()} ... {self.y.max()}")
         for name in HISTORY: check((t := getattr(self, name)) is None or t.dim() == 2 and t.shape[1] == n, f"{name} must be (epochs, {n}), got {t is not None and tuple(t.shape)}")
 
     def __len__(self): return len(self.y)
@@ -151,8 +152,8 @@ def read(model: Normalized,
     "What the model says about every image."
     draws, found = generator(seed, "attack", device=device), None
     for rows in progress(torch.arange(len(data)).split(batch), desc="signals"):
-        x, y = pixels(data.x[rows].to(device)), data.y[rows].to(device)
-        if attack is not None: x = attack(model, x, y, draws)
+        x, y = sent(device, data.x[rows], data.y[rows])
+        x = pixels(x) if attack is None else attack(model, pixels(x), y, draws)
         with torch.no_grad(): said = (h := model.embed(x)).float(), model.model.classifier(h).float()
         if found is None: found = tuple(torch.empty(len(data), t.shape[1]) for t in said)
         for whole, part in zip(found, said): whole[rows] = part.cpu()

@@ -55,7 +55,8 @@ def facility_location(s: Similarities,   # symmetric
     check(1 <= k <= s.n, f"k must be in 1 ... {s.n}, got {k}")
     check(batch >= 1, f"batch must be >= 1, got {batch}")
     bound = s.gains()
-    check(bool(torch.isfinite(bound).all()), f"similarities must be finite; {int((~torch.isfinite(bound)).sum())} of {s.n} rows hold one that is not")
+    check(bool(torch.isfinite(bound).all()), lambda: "similarities must be finite; "
+          f"{int((~torch.isfinite(bound)).sum())} of {s.n} rows hold one that is not")
     best, taken, gains = torch.full_like(s[torch.tensor([0])][0], s.floor), [], []
     for _ in progress(range(k), desc="facility location"):
         fresh = torch.full_like(bound, not taken, dtype=torch.bool)      # the first gains are true ones

@@ -30,7 +30,8 @@ def rows_of(points,                  # (N, d) or (N, C, H, W): a tensor, an arra
     x = x.detach().flatten(1).to(device_of(device))
     if x.dtype == torch.uint8: return x
     x = x if x.is_floating_point() else x.double()
-    check(x.isfinite().all(), f"{name} must hold no NaN and no infinity; {int((~x.isfinite()).any(1).sum())} of its {len(x)} points do")
+    check(x.isfinite().all(), lambda: f"{name} must hold no NaN and no infinity; "
+          f"{int((~x.isfinite()).any(1).sum())} of its {len(x)} points do")
     return x
 
 # %% ../../nbs/covering/10_distances.ipynb #e628cab2
@@ -249,7 +250,7 @@ def _checked_matrix(d, device):
     check(len(d) <= FULL, f"distances may be given for at most {FULL} points, got {len(d)}; give points instead")
     d = d.double() if d.is_floating_point() else d.long()
     check(not d.isnan().any(), "distances must hold no NaN")
-    check(d.min() >= 0, f"distances must be >= 0, got {d.min().item()}")
+    check(d.min() >= 0, lambda: f"distances must be >= 0, got {d.min().item()}")
     check(not d.diagonal().any(), "distances must be 0 from every point to itself")
     check(torch.allclose(d.double(), d.T.double(), rtol=TIE, atol=0), "distances must be symmetric")
     return torch.maximum(d, d.T).to(device_of(device))

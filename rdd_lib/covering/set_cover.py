@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import check, lookup, progress as bar, subseed
+from ..core import check, lookup, numbers, progress as bar, subseed
 from .certificate import ClassCover, Cover, Leaf, Part, cover_of
 from .distances import Rows, Space, never, space_of
 
@@ -36,12 +36,14 @@ def farthest_first(space: Space,
     labels = [None] * len(space) if space.labels is None else space.labels.tolist()
     if space.labels is None: within = {None: list(space.bands(1))}
     else: within = {c: (space.labels == c).nonzero()[:, 0].split(next(space.bands(1)).stop) for c in set(labels)}     # a centre changes its own label only
-    free, c = torch.ones_like(key, dtype=torch.bool), start
-    while len(chosen) < most and (not chosen or (key.max() > until and time.monotonic() < deadline)):
-        chosen.append(c); reach.append(key[c].item()); free[c] = False
-        here = torch.tensor([c], device=space.device)
+    free, here = torch.ones_like(key, dtype=torch.bool), torch.tensor([start], device=space.device)
+    c, reached, far = start, never(space.dtype), None
+    while len(chosen) < most and (not chosen or (far > until and time.monotonic() < deadline)):
+        chosen.append(c); reach.append(reached); free[c] = False
         for part in within[labels[c]]: key[part] = torch.minimum(key[part], space.keys(part, here)[:, 0])
-        c = int(torch.where(free, key, -1).argmax())
+        here = torch.where(free, key, -1).argmax()[None]
+        c, reached, far = numbers(here[0], key[here][0], key.max())
+        c = int(c)
     return chosen, reach, key.cpu()
 
 # %% ../../nbs/covering/13_set_cover.ipynb #a2ddc5c2

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..compressed import method
-from ..core import check, check_whole, drawn, lookup
+from ..core import check, check_whole, drawn, lookup, sent
 from .synthetic import Distiller
 from .unrolled import UNROLLED, flatten, functional, share_of_loss, summed, unroll
 
@@ -65,13 +65,15 @@ class BackpropThroughTraining(Distiller):
     def decay(self, it): return .5 ** (it // self.halve_every)
     def optimiser(self, s, groups): return torch.optim.Adam(groups, betas=(self.momentum, .999))
 
+    def prepare(self, s, data, seed, device): return sent(s.device, *walk_of(s.y, self.epochs))
+
     def steps(self, s, real, data, g):
         yield (self._miss(s, *real.mixed(self.batch_real, g), data, g) / self.nets for _ in range(self.nets))
 
     def _miss(self, s, x, y, data, g):
         "The loss on real images after the walk of a fresh network."
         net = self.fresh(s, data, drawn(g)).model
-        run, batches = functional(net), [i.to(s.device) for i in walk_of(s.y, self.epochs)]
+        run, batches = functional(net), s.prepared
         size = lambda n: self.at_once(n, net, s.device, on_cpu=50)
 
         def loss(theta, t, u, goal):

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..augmentation import DSA
-from ..core import BrokenFile, MissingData, atomic, check, check_whole, describe, digest, in_cache, kept, progress, subseed
+from ..core import (BrokenFile, MissingData, atomic, check, check_whole, describe, digest, in_cache, kept,
+                          progress, sent, subseed)
 from ..data import ImageSet
 from .unrolled import flatten
 from ..robust.objectives import Standard
@@ -87,7 +88,7 @@ class Trajectories:
         f, last, _ = _opened(self.files[expert])
         for t in epochs: check(0 <= t <= last, f"expert {expert} is kept for epochs 0 ... {last}, epoch {t} is asked for")
         rows = f.get_slice("theta")
-        return torch.cat([rows[t:t + 1] for t in epochs]).to(device)
+        return sent(device, torch.cat([rows[t:t + 1] for t in epochs]))[0]
 
 # %% ../../nbs/distill/44_experts.ipynb #c3d5b268
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..augmentation import DSA, Siamese
 from ..compressed import method
-from ..core import check, check_whole, drawn, generator
+from ..core import check, check_whole, drawn, generator, sent
 from .synthetic import ClassMatching
 from ..robust.objectives import Standard
 from ..robust.training import batch_sizes
@@ -91,6 +91,7 @@ class GradientMatching(ClassMatching):
         opt = torch.optim.SGD(net.parameters(), self.lr_net)
         for _ in range(epochs):
             for i in torch.randperm(len(u), generator=g).split(self.batch_net):
+                i, = sent(u.device, i)
                 batch = Siamese(self.augment, data.name, g, len(i))(u[i])
                 opt.zero_grad(set_to_none=True)
                 F.cross_entropy(net.model(batch), target[i]).backward()

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressed import Compressor, load_compressed
-from ..core import BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap, lookup, progress, require_writable, subseed
+from ..core import (BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap,
+                          lookup, numbers, one_look, progress, require_writable, sent, subseed)
 from ..data import ImageSet, pixels
-from ..models import Net, takes_one
+from ..models import Net, onto, takes_one
 from ..robust.objectives import depends_on_mode
 from ..robust.training import check_precision, in_precision
 
@@ -57,12 +58,12 @@ class RealBatches:
         self.x, self.y, self.scale, self.rows = data.x.to(self.device), data.y.to(self.device), scale, data.per_class
 
     def __call__(self, c: int, size: int, g: torch.Generator) -> Tensor:
-        rows = self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[:size]].to(self.device)
+        rows, = sent(self.device, self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[:size]])
         return self.scale.normalise(pixels(self.x[rows]))
 
     def mixed(self, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         "Images of any class, and their labels."
-        i = torch.randperm(len(self.x), generator=g)[:size].to(self.device)
+        i, = sent(self.device, torch.randperm(len(self.x), generator=g)[:size])
         return self.scale.normalise(pixels(self.x[i])), self.y[i]
 
 # %% ../../nbs/distill/40_synthetic.ipynb #e6db3004
@@ -173,16 +174,18 @@ class Distiller(Compressor):
         "One step on every leaf; images are put back into [0, 1]."
         total, leaves = 0., [*s.leaves.values()]
         opt.zero_grad(set_to_none=True)
-        for loss in losses:
-            loss.backward(inputs=leaves)                       # into the leaves only: the network's own gradients are never computed
-            total = total + loss.detach()
-        opt.step()
-        with torch.no_grad(): s.scale.clamp_(s.u)
-        return float(total)
+        with one_look():
+            for loss in losses:
+                loss.backward(inputs=leaves)      # into the leaves only: the network's own gradients are never computed
+                total = total + loss.detach()
+            opt.step()
+            with torch.no_grad(): s.scale.clamp_(s.u)
+            total, = numbers(total)
+        return total
 
     def fresh(self, s: State, data: ImageSet, draw: int) -> nn.Module:
         "The untrained network that a draw stands for."
-        return self.net(data, subseed(draw)).to(s.device).train()
+        return onto(self.net(data, subseed(draw)), s.device).train()
 
     def at_once(self, n: int, net, device, on_cpu: int) -> int:
         "How many of `n` images pass `net` together: all of them where it looks at the batch as a whole, as batch norm in training does."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from ..augmentation import Siamese
 from ..compressed import method
-from ..core import check, check_whole, lookup
+from ..core import check, check_whole, lookup, sent
 from .experts import Experts
 from .synthetic import Distiller
 from .unrolled import UNROLLED, functional, share_of_loss, unroll
@@ -106,13 +106,14 @@ class TrajectoryMatching(Distiller):
         (trajectories, model), net = s.prepared, functional(s.prepared[1])
         expert, epoch = (int(torch.randint(n, (), generator=g)) for n in (len(trajectories), self.max_start))
         start, target = trajectories.read(expert, (epoch, epoch + self.expert_epochs), s.device)
-        batches = [i.to(s.device) for i in rounds(len(s.u), self.batch_syn, self.student_steps, g)]
+        batches = sent(s.device, *rounds(len(s.u), self.batch_syn, self.student_steps, g))
         changes = [Siamese(self.augment, data.name, g, len(i)) for i in batches]
 
         def loss(theta, t, u, goal):
             n = len(batches[t])
-            for rows in torch.arange(n).split(self.at_once(n, model, s.device, on_cpu=50)):
-                i = batches[t][rows.to(s.device)]
+            size = self.at_once(n, model, s.device, on_cpu=50)
+            for rows in (slice(a, a + size) for a in range(0, n, size)):
+                i = batches[t][rows]
                 yield share_of_loss(net(theta, changes[t](u[i], rows)), goal[i], n)
 
         return gap(unroll(loss, start, s.leaves["alpha"].expand(self.student_steps), (s.u, s.target), self.gradient), start, target)

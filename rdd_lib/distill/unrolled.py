@@ -40,10 +40,12 @@ def _losses_at(loss, theta, t, inputs, cast):
     parts = iter(value) if isinstance(value, Iterator) else iter([value])
     while (part := within(next, parts, _END)) is not _END:
         check(torch.is_tensor(part) and part.dim() == 0 and part.requires_grad,
-              f"loss must return a scalar tensor that depends on theta, got {f'shape {tuple(part.shape)}' if torch.is_tensor(part) else type(part).__name__} at t = {t}")
+              lambda: f"loss must return a scalar tensor that depends on theta, got {_kind(part)} at t = {t}")
         yield part
 
 _END = object()
+
+def _kind(o): return f"shape {tuple(o.shape)}" if torch.is_tensor(o) else type(o).__name__
 
 def _within(cast, f, *args):
     with torch.enable_grad(), torch.autocast(**cast): return f(*args)
@@ -76,8 +78,9 @@ def _drift(again: Tensor, then: Tensor, step: Tensor) -> Tensor:
 
 def _check_same_steps(drift: list):
     drift = torch.stack(drift)                            # one look at the end: on a GPU each look waits
-    check(not (drift > 1).any(), f"loss must give the same value for the same theta and t, but step {len(drift) - 1 - int(drift.nan_to_num().argmax())} came out "
-          "otherwise when it was built again; draw augmentation and dropout before unrolling")
+    check(not (drift > 1).any(), lambda: "loss must give the same value for the same theta and t, "
+          f"but step {len(drift) - 1 - int(drift.nan_to_num().argmax())} came out otherwise when it was built again; "
+          "draw augmentation and dropout before unrolling")
 
 # %% ../../nbs/distill/43_unrolled.ipynb #2ec216f0
 def _pulled(g, v, sources):
@@ -147,9 +150,12 @@ def unroll(loss: Callable,         # (theta_t, t, *inputs) -> scalar, or a gener
 
     Raises `BadArgument`; from `backward` too, when a loss that was asked again answers otherwise. Sources: Wang et al. 2018 (DD); Cazenavette et al. 2022 (MTT), Algorithm 1; Cui et al. 2023 (TESLA), for "tesla"."""
     run = lookup(method, UNROLLED, "method of unrolling")
-    check(torch.is_tensor(theta) and theta.dim() == 1 and theta.is_floating_point(), f"theta must be a flat vector of floats, got {_said(theta)}")
-    check(torch.is_tensor(lrs) and lrs.dim() == 1, f"lrs must be a tensor of shape (T,), got {_said(lrs)}; one rate for all steps goes in as alpha.expand(T)")
-    check(isinstance(inputs, (tuple, list)) and all(map(torch.is_tensor, inputs)), f"inputs must be a tuple of tensors, got {_said(inputs)}")
+    check(torch.is_tensor(theta) and theta.dim() == 1 and theta.is_floating_point(),
+          lambda: f"theta must be a flat vector of floats, got {_said(theta)}")
+    check(torch.is_tensor(lrs) and lrs.dim() == 1, lambda: f"lrs must be a tensor of shape (T,), got {_said(lrs)}; "
+          "one rate for all steps goes in as alpha.expand(T)")
+    check(isinstance(inputs, (tuple, list)) and all(map(torch.is_tensor, inputs)),
+          lambda: f"inputs must be a tuple of tensors, got {_said(inputs)}")
     return run(loss, _autocast_of(theta.device), theta, lrs, tuple(inputs)) if len(lrs) else theta
 
 # %% ../../nbs/distill/43_unrolled.ipynb #dc82dbdf

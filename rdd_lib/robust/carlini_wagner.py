@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import atanh, inf
 import torch
 from torch import Tensor
-from ..core import check
+from ..core import check, one_look
 from .attacks import Walk, _where, check_batch, eval_mode, margin, slope
 from .threats import L2, spread
 
@@ -77,7 +77,7 @@ class CW(Walk):
     def _next_c(self, s, grad):
         "Where a value of c has had its steps: the next one, and back to x, whose slope is kept."
         due = (s["i"] > 0) & (s["i"] % (self.steps // self.search_steps) == 0)
-        if not due.any(): return s, grad
+        if not due.is_cuda and not due.any(): return s, grad       # as in APGD
         fooled, c = s["fooled"], s["c"]
         low, high = torch.where(due & ~fooled, c, s["low"]), torch.where(due & fooled, c, s["high"])
         c = torch.where(due, torch.where(high < inf, (low + high) / 2, 10 * c), c)
@@ -100,8 +100,9 @@ class CW(Walk):
                  batch_size: int = 250,  # images in the network at a time
                 ) -> tuple[Tensor, Tensor]:   # (N, ...) points, (N,) their distances in float64: 0 wrong already, inf none found (the point is x)
         "The shortest misclassified point found for each image, whatever the radius of the threat."
-        x, y = check_batch(x, y)
-        with eval_mode(model): found = [self._shortest(model, *b) for b in zip(x.split(batch_size), y.split(batch_size), strict=True)]
+        with one_look(), eval_mode(model):
+            x, y = check_batch(x, y)
+            found = [self._shortest(model, *b) for b in zip(x.split(batch_size), y.split(batch_size), strict=True)]
         best, distance = (torch.cat(part) for part in zip(*found, strict=True))
         return best, torch.where(distance < inf, self.threat.distance(best, x), inf)
 

@@ -356,7 +356,7 @@ def margin_bounds(model: nn.Module, x: Tensor,
                  ) -> Tensor:                 # (N, K): z_y - z_j at least; 0 for j = y
     "Lower bounds of the margins over the ball. Raises as `logit_bounds`."
     levels, lo, hi, ball = _levels(model, x, threat, method)
-    check(bool(y.max() < lo.shape[1]), f"y holds the label {y.max()}, but the model has {lo.shape[1]} classes")
+    check(bool(y.max() < lo.shape[1]), lambda: f"y holds the label {y.max()}, but the model has {lo.shape[1]} classes")
     bound = _best(levels, lo, hi, _margin_rows(y, lo), ball, method != "ibp").T
     return bound.scatter(1, y[:, None], 0.)
 

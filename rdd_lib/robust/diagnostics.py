@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..core import RddError, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
 from ..core import generator as generator_of
 from ..data import ImageSet, sample
-from .attacks import APGD, PGD, Attack, attack_until_broken, check_logits, eval_mode, margin, slope
+from .attacks import (APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, eval_mode, margin,
+                                    slope)
 from .autoattack import AutoAttack, attack_of
 from .evaluation import evaluate, wilson
 from .square import Square
@@ -75,7 +76,7 @@ class _Opened(nn.Module):
         self.model, self.scale = model, scale
 
     def forward(self, x):
-        logits = self.model(x)
+        logits = check_answer(self.model(x), len(x), "diagnose", nan=True)
         return self.scale * logits + (0 * x.flatten(1).sum(1, keepdim=True)).to(logits.dtype)
 
 # %% ../../nbs/robust/36_diagnostics.ipynb #7263f777
@@ -93,11 +94,11 @@ class _Case:
 
     def draws(self, *names): return generator_of(self.seed, *names)
 
-    def logits_at(self, x):
-        with eval_mode(self.model): return predict(self.model, x, self.batch)
+    def logits_at(self, x, nan=False):
+        with eval_mode(self.model): return predict(self.model, x, self.batch, "diagnose", nan)
 
     @cached_property
-    def logits(self): return self.logits_at(self.all_x)
+    def logits(self): return self.logits_at(self.all_x, nan=True)        # `nan_logits` looks at it first
     @cached_property
     def scale(self): return self.logits.std(1).median().clamp_min(torch.finfo(torch.float32).tiny)     # the spread of an image's logits
     @cached_property
@@ -160,7 +161,7 @@ class Check:
 # %% ../../nbs/robust/36_diagnostics.ipynb #2da2944e
 def _nan_logits(c):
     bad, g = ~c.logits.isfinite().all(1), c.draws("nan")
-    for _ in range(3): bad |= ~c.logits_at(c.threat.random_edge(c.all_x, g)).isfinite().all(1)
+    for _ in range(3): bad |= ~c.logits_at(c.threat.random_edge(c.all_x, g), nan=True).isfinite().all(1)
     return bool(bad.any()), dict(count=int(bad.sum()), images=len(bad))
 
 def _differs(c, again, order, limit):
@@ -173,7 +174,7 @@ def _random_outputs(c): return _differs(c, c.logits_at(c.all_x), slice(None), c.
 def _batch_dependence(c):
     if _random_outputs(c)[0]: raise _Skipped("the outputs are random: see random_outputs")
     order = torch.randperm(len(c.all_x), generator=c.draws("batch")).to(c.all_x.device)
-    with eval_mode(c.model), torch.no_grad(): again = torch.cat([c.model(x).float() for x in c.all_x[order].tensor_split(max(1, len(order) // 4))])
+    again = torch.cat([c.logits_at(x) for x in c.all_x[order].tensor_split(max(1, len(order) // 4))])
     return _differs(c, again, order, c.limits.batch)
 
 # %% ../../nbs/robust/36_diagnostics.ipynb #55a56904

@@ -13,10 +13,10 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import atomic, check, check_whole, device_of, subseed
+from ..core import atomic, check, check_whole, device_of, one_look, subseed
 from ..data import ImageSet, check_classes
 from ..models import Net, Normalized
-from .attacks import Attack, PGD, attack_until_broken, eval_mode, margin
+from .attacks import Attack, PGD, attack_until_broken, check_logits, eval_mode, margin
 from .autoattack import autoattack
 from .objectives import Adversarial, Standard
 from .threats import Threat
@@ -128,7 +128,8 @@ def evaluate(model: nn.Module,
     about = dict(y=data.y, classes=tuple(data.classes), fingerprint=data.fingerprint)
     if attack is None:
         if batch is not None: check_whole("batch", batch)
-        with eval_mode(model): logits = predict(model, x, batch or 250)
+        with one_look(), eval_mode(model):
+            logits = check_logits(predict(model, x, batch or 250, "evaluate"), y, "evaluate")
         by = torch.where(logits.argmax(1) == y, -1, 0).cpu()
         found = dict(by=by, step=by, distance=torch.zeros(len(data), dtype=torch.float64), names=("clean",), forward_samples=len(data))
     else:

@@ -7,10 +7,11 @@ __all__ = ['water_level', 'to_plane', 'FAB', 'Nearest', 'boundary_distance']
 
 # %% ../../nbs/robust/31b_fab.ipynb #c8bcd5ac
 from dataclasses import dataclass, replace
+from itertools import count
 import torch
 from torch import Tensor
-from ..core import check, check_whole, lookup, progress
-from .attacks import Walk, check_batch, check_logits, eval_mode, slope
+from ..core import check, check_whole, lookup, numbers, one_look, progress
+from .attacks import Walk, _in_range, check_batch, check_logits, eval_mode, slope, wrong_at
 from .threats import L2, THREATS, Threat, spread
 
 # %% ../../nbs/robust/31b_fab.ipynb #f30120be
@@ -19,13 +20,16 @@ def water_level(weight: Tensor,  # (N, n), at least 0
                 amount: Tensor,  # (N,), at least 0
                ) -> Tensor:      # (N,); infinite where all the weights together hold less than `amount`
     "The level at which sum_i weight_i min(level, full_i) = amount, by Newton's method from below, which ends on the exact linear piece."
-    level, free, scratch = torch.zeros_like(amount), None, torch.empty_like(full)
-    while True:
+    level, free, scratch = torch.zeros_like(amount), torch.zeros_like(amount), torch.empty_like(full)
+    looks = 8 if level.is_cuda else 1                              # rounds from one look to the next, for a GPU waits
+    for step in count():
         before, free = free, torch.gt(full, level[:, None], out=scratch).sum(1)
-        if before is not None and torch.equal(before, free): return level          # the same linear piece as before: solved
+        solved = (before == free).all() & (step > 0)               # the same linear piece as before
+        if step and step % looks == 0 and solved: return level
         rate = scratch.mul_(weight).sum(1)
         held = torch.minimum(full, level[:, None], out=scratch).mul_(weight).sum(1)
-        level = torch.where(rate > 0, level + (amount - held) / rate, torch.inf).maximum(level)
+        new = torch.where(rate > 0, level + (amount - held) / rate, torch.inf).maximum(level)
+        level = new if looks == 1 else torch.where(solved, level, new)
 
 # %% ../../nbs/robust/31b_fab.ipynb #77e2825c
 def to_plane(threat: Threat,  # whose norm is meant
@@ -81,10 +85,12 @@ class FAB(Walk):
         "As in `Walk`; and `s` is told where the next step begins, the slope there, and on which side the point was."
         at, x, y = s["at"], s["x"], s["y"]
         guess = s["habit"].gather(1, s["last"][:, None])[:, 0]                     # will it be across the boundary? Then no slope is wanted here
-        groups = [(rows, sloped) for rows, sloped in (((~guess).nonzero()[:, 0], True), (guess.nonzero()[:, 0], False)) if len(rows)]
-        parts = [self._look_at(model, s, at, rows, sloped) for rows, sloped in groups]
-        order = torch.cat([rows for rows, _ in groups]).argsort()
-        logits, losses, grad = (torch.cat(part)[order] for part in zip(*parts))
+        order = guess.byte().argsort(stable=True)                                  # those across come last
+        across, = numbers(guess.sum())
+        groups = zip(order.split([len(x) - across, across]), (True, False))
+        parts = [self._look_at(model, s, at, rows, sloped) for rows, sloped in groups if len(rows)]
+        back = order.argsort()
+        logits, losses, grad = (torch.cat(part)[back] for part in zip(*parts))
         crossed = (logits.argmax(1) != y) & (s["i"] > 0)
         base = torch.where(spread(crossed, x), x + self.beta * (at - x), at)
         again = ((crossed | guess) & (s["i"] < self.steps)).nonzero()[:, 0]
@@ -96,7 +102,7 @@ class FAB(Walk):
         with torch.set_grad_enabled(sloped):
             at, s = at[rows].detach().requires_grad_(sloped), {k: s[k][rows] for k in ("y", "target")}
             logits = check_logits(model(at), s["y"], self.name)
-            losses = self.loss_of(logits, s)
+            losses = self.loss_of(logits, _in_range(s, logits))
         return logits.detach(), losses.detach(), slope(losses, at) if sloped else torch.zeros_like(at)
 
     def step(self, s, losses, grad):
@@ -127,15 +133,15 @@ def boundary_distance(model,             # images in [0, 1] -> logits; in eval m
                       batch_size: int = 250,
                      ) -> Nearest:
     "How far each image is from being misclassified, at most: all walks of `FAB` to the end, then a bisection. Raises as `Attack` does, and `UnknownName`."
-    x, y = check_batch(x, y)
     for name, value, least in (("batch_size", batch_size, 1), ("halvings", halvings, 0)): check_whole(name, value, least)
     attack = FAB(lookup(norm, THREATS, "norm")(1.), steps, targets)
-    with eval_mode(model), torch.no_grad():
+    with one_look(), eval_mode(model), torch.no_grad():
+        x, y = check_batch(x, y)
         batches = [*zip(x.split(batch_size), y.split(batch_size), strict=True)]
         found = torch.cat([_nearest(attack, model, xb, yb, halvings) for xb, yb in progress(batches, desc="boundary", unit="batch")])
-    distance = attack.threat.distance(found, x)
-    with eval_mode(model), torch.no_grad():
-        wrong = torch.cat([model(xb).argmax(1) != yb for xb, yb in zip(found.split(batch_size), y.split(batch_size), strict=True)])
+        distance = attack.threat.distance(found, x)
+        parts = zip(found.split(batch_size), y.split(batch_size), strict=True)
+        wrong = torch.cat([wrong_at(model, xb, yb, "boundary") for xb, yb in parts])
     return Nearest(found, torch.where(wrong, distance, torch.inf))
 
 def _nearest(attack, model, x, y, halvings):
@@ -148,7 +154,7 @@ def _nearest(attack, model, x, y, halvings):
         for k in range(attack.steps + 1):
             at, z, losses = attack.look(model, s)
             length = attack.threat.norm(at - s["x"])
-            nearer = (z.argmax(1) != s["y"]) & (length < far[rows])
+            nearer = ((z.argmax(1) != s["y"]) & (length < far[rows])).nonzero()[:, 0]
             best[rows[nearer]], far[rows[nearer]] = at[nearer], length[nearer]
             if k < attack.steps: s = attack.step(s, losses, None)
     return _halved(model, x, y, best, halvings)
@@ -159,6 +165,6 @@ def _halved(model, x, y, x_adv, times):
     for _ in range(times):
         middle = (low + high) / 2
         there = torch.lerp(x, x_adv, spread(middle, x))
-        wrong = model(there).argmax(1) != y
+        wrong = wrong_at(model, there, y, "boundary")
         low, high, found = torch.where(wrong, low, middle), torch.where(wrong, middle, high), torch.where(spread(wrong, x), there, found)
     return found

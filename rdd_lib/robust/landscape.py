@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check, check_whole, progress
+from ..core import check, check_whole, one_look, progress
 from ..core import generator as generator_of
-from .attacks import check_batch, eval_mode, slope
+from .attacks import check_answer, check_batch, check_logits, eval_mode, slope
 from .curvature import unit
 from .threats import spread
 
@@ -54,9 +54,15 @@ def loss_surface(model: nn.Module,
     check_whole("n", n, 3)
     check(n % 2 and radius > 0, f"n must be odd and radius above 0, got n={n}, radius={radius!r}")
     with eval_mode(model):
-        with torch.enable_grad(): at = x.clone().requires_grad_(); g = slope(loss(model(at), y), at)
+        with torch.enable_grad():
+            at = x.clone().requires_grad_()
+            g = slope(loss(check_logits(model(at), y, "loss surface"), y), at)
         directions, steps = _directions(g, signs, generator_of(seed, "surface")), torch.linspace(-radius, radius, n).to(x)
-        with torch.no_grad(): logits = torch.stack([torch.stack([model(x + a * directions[:, 0] + b * directions[:, 1]).float() for b in steps], 1) for a in steps], 1)
+        def there(a, b):
+            logits = model(x + a * directions[:, 0] + b * directions[:, 1])
+            return check_answer(logits, len(x), "loss surface").float()
+        with one_look(), torch.no_grad():
+            logits = torch.stack([torch.stack([there(a, b) for b in steps], 1) for a in steps], 1)
     flat = logits.flatten(0, 2), y.repeat_interleave(n * n)
     return Surface(steps, loss(*flat).view(len(x), n, n), (flat[0].argmax(1) == flat[1]).view(len(x), n, n), directions)
 
@@ -104,7 +110,7 @@ def _power(times, v, shift, steps, tolerance):
 
 def _bend(model, x, y, loss, steps, tolerance, g):
     at = x.clone().requires_grad_()
-    losses = loss(model(at), y)
+    losses = loss(check_logits(model(at), y, "curvature"), y)
     check(losses.requires_grad, "the model's output has no gradient with respect to its input: there is no curvature to measure")
     grad, = torch.autograd.grad(losses.sum(), at, create_graph=True)
     def times(v): return torch.autograd.grad(grad, at, v, retain_graph=True)[0] if grad.requires_grad else torch.zeros_like(v)

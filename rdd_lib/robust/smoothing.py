@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor, nn
-from ..core import BrokenFile, atomic, check, check_images, check_whole, device_of, digest, progress, require_writable, subseed
+from ..core import (BrokenFile, atomic, check, check_images, check_whole, device_of, digest, one_look, progress,
+                          require_writable, sent, subseed)
 from ..core import generator as generator_of
-from .attacks import PGD, Attack, eval_mode, marks
+from .attacks import PGD, Attack, check_answer, eval_mode, marks
 from .certified import Sandwich, images_and_labels
 from .objectives import Standard
 from .threats import L2, Linf, Threat
@@ -68,23 +69,27 @@ class Smoothed:
     model: nn.Module      # images -> logits; asked in eval mode; sees pixels outside [0, 1]
     sigma: float          # standard deviation of the noise, pixel units
     batch: int = 1000     # noisy copies in the network at a time
+    noise: str = "cpu"    # where it is drawn: "cpu", the same draws for every device; "device", sooner on a GPU
 
     def __post_init__(self):
         check(self.sigma > 0, f"sigma must be > 0, got {self.sigma!r}")
         check_whole("batch", self.batch)
+        check(self.noise in ("cpu", "device"), f"noise must be drawn on 'cpu' or 'device', got {self.noise!r}")
 
     @torch.no_grad()
     def counts(self, x: Tensor,       # one image, (C, H, W)
                n: int,                # noisy copies
                generator: torch.Generator,
               ) -> Tensor:            # (K,) how often each class was answered
-        "The votes under `n` draws of noise. The model has to be in eval mode."
+        "The votes under `n` draws of noise, of a model in eval mode. Raises `BadArgument` for NaN and for no logits."
         total = 0
-        for size in [self.batch] * (n // self.batch) + [n % self.batch] * (n % self.batch > 0):
-            noise = torch.randn(size, *x.shape, generator=generator, device=generator.device).to(x.device)
-            z = self.model(x + self.sigma * noise)
-            total = total + torch.bincount(z.argmax(1), minlength=z.shape[1]).cpu()
-        return total
+        with one_look():
+            for size in [self.batch] * (n // self.batch) + [n % self.batch] * (n % self.batch > 0):
+                noise, = sent(x.device, torch.randn(size, *x.shape, generator=generator, device=generator.device))
+                z = check_answer(self.model(x + self.sigma * noise), size, "smoothing")
+                votes = z.argmax(1)
+                total = total + votes.new_zeros(z.shape[1]).scatter_add_(0, votes, torch.ones_like(votes))
+        return total.cpu()
 
     def votes(self, x: Tensor, sizes: tuple, seed: int, purpose: str, first: int, device, checkpoint, every: float = 60.) -> Tensor:  # (N, len(sizes), K)
         "The votes for each image, one count for each of `sizes`; written to `checkpoint` every `every` seconds and at the end. The model is moved to `device` and stays there."
@@ -92,7 +97,7 @@ class Smoothed:
         model, done = self.model.to(device), _Kept(checkpoint, every, self, x, device, sizes, seed, purpose, first)
         with eval_mode(model):
             for i in progress(range(len(done.rows), len(x)), desc="smoothing", unit="image", initial=len(done.rows), total=len(x)):
-                g = generator_of(seed, purpose, first + i)
+                g = generator_of(seed, purpose, first + i, device="cpu" if self.noise == "cpu" else device)
                 done.add(torch.stack([self.counts(x[i].to(device), n, g) for n in sizes]))
         done.write()
         return torch.stack(done.rows)
@@ -132,7 +137,8 @@ class _Kept:
         self.path, self.every, self.last, self.rows = path and Path(path), every, -inf, []
         if not path: return
         require_writable(path)                                                     # said now, not after the first image
-        self.key = digest([marks(smoothed.model, x), str(device), list(sizes), seed, purpose, first, smoothed.sigma, smoothed.batch], 32)
+        settings = [smoothed.sigma, smoothed.batch] + ([] if smoothed.noise == "cpu" else [smoothed.noise])
+        self.key = digest([marks(smoothed.model, x), str(device), list(sizes), seed, purpose, first, *settings], 32)
         if not self.path.exists(): return
         try:
             with np.load(self.path, allow_pickle=False) as f: key, self.rows = str(f["key"]), [*torch.from_numpy(f["votes"])]

@@ -12,8 +12,8 @@ from functools import cache
 from math import sqrt
 import torch
 from torch import Tensor
-from ..core import check, check_whole
-from .attacks import Walk, margin
+from ..core import check, check_whole, sent
+from .attacks import Walk, _where, margin
 from .threats import L2, Linf, Threat, _uniform, spread
 
 # %% ../../nbs/robust/31a_square.ipynb #09a93b35
@@ -49,6 +49,14 @@ def pattern(side: int,
     return both / both.norm()
 
 # %% ../../nbs/robust/31a_square.ipynb #eaa7f45b
+@cache
+def _patterns(device, *schedule):
+    "The patterns of all sides of a schedule, each in the corner of a picture, and for each side which it is."
+    found = sides(*schedule).unique().tolist()
+    which, hills = torch.zeros(max(found) + 1, dtype=torch.long), torch.zeros(len(found), max(found), max(found))
+    for n, side in enumerate(found): which[side], hills[n, :side, :side] = n, pattern(side)
+    return which.to(device), hills.to(device)
+
 def _draws(shape, g): return _uniform(torch.empty(shape, dtype=torch.float32, device=g.device), g)
 def _signs(u): return (2 * u - 1).sign()
 def _places(u, free): return (u * free).long()                    # never `free` itself, as in the authors' program
@@ -62,12 +70,12 @@ def _tiles(x, threat, g):
     "Where the l2 attack starts: patterns side by side, about 5 in a row, upright or lying, each with a sign of its own for each image and channel."
     n, c, h, w = x.shape
     s = max(min(h, w) // 5, 1)
-    tile, down, across, d = pattern(s).to(x), h // s, w // s, torch.zeros_like(x)
-    lying, sign = _draws((down, across), g) > .5, _signs(_draws((n, c, down, across), g)).to(x)
+    (tile,), down, across, d = sent(x.device, pattern(s).to(x.dtype)), h // s, w // s, torch.zeros_like(x)
+    lying, sign = (_draws((down, across), g) > .5).to(x.device), _signs(_draws((n, c, down, across), g)).to(x)
     for i in range(down):
         for j in range(across):
             top, left = (h - s * down) // 2 + i * s, (w - s * across) // 2 + j * s
-            d[:, :, top:top + s, left:left + s] = sign[:, :, i, j, None, None] * (tile.T if lying[i, j] else tile)
+            d[:, :, top:top + s, left:left + s] = sign[:, :, i, j, None, None] * torch.where(lying[i, j], tile.T, tile)
     return (x + threat.eps * threat.direction(d)).clamp(0, 1)
 
 # %% ../../nbs/robust/31a_square.ipynb #46e00306
@@ -101,11 +109,15 @@ class Square(Walk):
     def draw(self, x, y, logits, g, turn):
         check(x.dim() == 4, f"square changes windows of images (N, C, H, W), got x of shape {tuple(x.shape)}")
         (c, h, w), start = x.shape[1:], (_stripes if self.flat else _tiles)(x, self.threat, g)
-        side = sides(self.queries, self.p, (c, h, w), self.stretched, **({} if self.flat else dict(least=3, odd=True))).to(g.device)
+        side, = sent(g.device, sides(*self._schedule((c, h, w))))
         u = _draws((self.queries, 2 + c if self.flat else 5 + c), g)        # row by row: what each query draws
         table = dict(side=side, top=_places(u[:, 0], h - side), left=_places(u[:, 1], w - side), sign=_signs(u[:, -c:]).to(x))
         if not self.flat: table |= dict(top2=_places(u[:, 2], h - side), left2=_places(u[:, 3], w - side), lying=u[:, 4] > .5)
         return dict(start=start, shared={k: v.to(x.device) for k, v in table.items()})
+
+    def _schedule(self, shape):
+        "What `sides` is asked."
+        return self.queries, self.p, tuple(shape), self.stretched, *(() if self.flat else (3, True))
 
     def begin(self, x, y, start, shared):
         s = dict(y=y, at=start, best=start, height=x.new_full((len(x),), -torch.inf), i=torch.zeros_like(y), shared=shared)
@@ -115,8 +127,10 @@ class Square(Walk):
 
     def step(self, s, losses, grad):
         s = self._remember(s, losses)
-        query, which = s["i"].unique(return_inverse=True)                  # images that begin together share windows
-        def each(t): return t if len(query) == 1 else t[which]
+        query, each = s["i"], lambda t: t
+        if not query.is_cuda:                                              # images that begin together share windows
+            query, which = query.unique(return_inverse=True)
+            if len(query) > 1: each = lambda t: t[which]
         return s | dict(at=(self._push if self.flat else self._exchange)(s, query, each), i=s["i"] + 1)
 
     def top(self, s, model):
@@ -124,7 +138,10 @@ class Square(Walk):
         return self._remember(s, self.look(model, s)[2])["best"]
 
     def _remember(self, s, losses):
-        rows = (losses > s["height"]).nonzero()[:, 0]                      # few: late in a walk, hardly a window is kept
+        better = losses > s["height"]
+        if better.is_cuda:
+            return s | dict(best=_where(better, s["at"], s["best"]), height=torch.where(better, losses, s["height"]))
+        rows = better.nonzero()[:, 0]                                      # few: late in a walk, hardly a window is kept
         return s | dict(best=s["best"].index_copy(0, rows, s["at"][rows]), height=s["height"].index_copy(0, rows, losses[rows])) if len(rows) else s
 
     def _window(self, s, query, top="top", left="left"):
@@ -154,8 +171,11 @@ class Square(Walk):
 
     def _hills(self, s, query):
         "(n, 1, H, W): each query's pattern in its first window, 0 elsewhere."
-        out, table = s["at"].new_zeros(len(query), 1, *s["at"].shape[2:]), s["shared"]
-        places = zip(*(table[k][query].tolist() for k in ("side", "top", "left", "lying")), strict=True)
-        for hills, (side, top, left, lying) in zip(out[:, 0], places, strict=True):
-            hills[top:top + side, left:left + side] = pattern(side).T if lying else pattern(side)
-        return out
+        (h, w), table = s["at"].shape[2:], s["shared"]
+        side, top, left, lying = (table[k][query][:, None, None] for k in ("side", "top", "left", "lying"))
+        down, right = (torch.arange(n, device=side.device) for n in (h, w))
+        down, right = down[:, None] - top, right - left                # (n, H, 1), (n, 1, W): places in the window
+        inside = (down >= 0) & (down < side) & (right >= 0) & (right < side)
+        which, hills = _patterns(s["at"].device, *self._schedule(s["at"].shape[1:]))
+        row, column = (torch.where(lying, a, b).clamp(0, hills.shape[1] - 1) for a, b in ((right, down), (down, right)))
+        return (hills[which[side], row, column] * inside)[:, None]

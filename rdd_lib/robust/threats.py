@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import e, isfinite, pi, sqrt
 import torch
 from torch import Tensor
-from ..core import BadArgument, check, lookup
+from ..core import BadArgument, check, check_values, lookup
 
 # %% ../../nbs/robust/30_threats.ipynb #ee2d8d05
 def spread(v: Tensor,  # (N,): one value an image
@@ -47,9 +47,10 @@ class Threat:
         "`x_adv`, if it lies in [0, 1] and `within` the ball around `x`. Raises `BadArgument`."
         check(x.shape == x_adv.shape, f"{what} must have the shape of x, {tuple(x.shape)}, got {tuple(x_adv.shape)}")
         lo, hi = x_adv.aminmax()
-        check(bool(lo >= 0) and bool(hi <= 1), f"{what} must lie in [0, 1] and hold no NaN; its smallest value is {lo:.6g}, its largest {hi:.6g}")
-        inside = self.within(x, x_adv)
-        check(inside.all(), f"{what} is {self.distance(x_adv, x).max().item():.9g} away from x in {type(self).__name__}, more than eps = {self.eps:.9g}")
+        check_values((lo >= 0) & (hi <= 1), lambda: f"{what} must lie in [0, 1] and hold no NaN; its smallest value is "
+                     f"{lo:.6g}, its largest {hi:.6g}")
+        check_values(self.within(x, x_adv).all(), lambda: f"{what} is {self.distance(x_adv, x).max().item():.9g} away "
+                     f"from x in {type(self).__name__}, more than eps = {self.eps:.9g}")
         return x_adv
 
 # %% ../../nbs/robust/30_threats.ipynb #3a982866

@@ -11,11 +11,12 @@ import contextlib
 from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor, nn
-from ..core import check, check_whole, device_of, generator, keep_heap, lookup, progress, subseed, with_settings
+from ..core import (check, check_whole, device_of, generator, keep_heap, lookup, one_look, progress, sent, subseed,
+                          with_settings)
 from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net, takes_one
-from .attacks import PGD
+from .attacks import PGD, check_answer
 from .certified import CertifiedTraining
 from .curvature import Curvature
 from .fast import Free, fast
@@ -108,14 +109,16 @@ class Trainer:
         hook = model.register_forward_hook(lambda module, inputs, logits: last.update(logits=logits.detach())) if watch else None
         objective, replays = session_of(self.objective), getattr(self.objective, "replays", 1)
         for step, i in zip(progress(range(total), desc="training"), own or batches(len(data), sizes, order, replays)):
-            i = torch.as_tensor(i, device=device)
+            drawn = torch.as_tensor(i)
+            i, = sent(device, drawn)
             opt.param_groups[0]["lr"] = rule["lrs"][step] if "lrs" in rule else self.lr * SCHEDULES[self.schedule](step / total)
             batch = pixels(x[i])
             if self.augment: batch = scale.pixels(Siamese(self.augment, data.name, changes, len(i))(scale.normalise(batch)))
-            with in_precision(self.precision, device): loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
+            with one_look(), in_precision(self.precision, device):
+                loss = objective(model, batch.to(**layout), y[i], None if w is None else w[i], draws)
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             if log is not None: log.append(loss.item())
-            if watch: watch(i, last["logits"])
+            if watch: watch(drawn, last["logits"])
             if each: each(step + 1, model)
             if (step + 1) % 50 == 0 or step + 1 == total: self._check_number(loss, step + 1)
         if hook: hook.remove()
@@ -159,9 +162,11 @@ def targets(data: ImageSet) -> Tensor:
 def predict(model: nn.Module,
             x: Tensor,            # (N, C, H, W) in [0, 1]
             batch: int = 256,
+            name: str = "predict",  # who asks: for the message
+            nan: bool = False,      # whether NaN is let through
            ) -> Tensor:           # (N, K) logits, float32, on x's device
-    "Logits, in batches and without gradients, in the mode the model is in."
-    return torch.cat([model(b).float() for b in x.split(batch)])
+    "Logits, in batches and without gradients, in the mode the model is in. Raises `BadArgument` where they are none."
+    with one_look(): return torch.cat([check_answer(model(b), len(b), name, nan).float() for b in x.split(batch)])
 
 # %% ../../nbs/robust/34_training.ipynb #bbfa3c0c
 def _generalized(threat, eta=None):

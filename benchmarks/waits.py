@@ -1,0 +1,178 @@
+"""How often the host waits for the GPU in one step of each flow, counted on the pretend GPU of tests/pretend_gpu: by
+running n and 2n steps and comparing. No GPU is needed, a C++ compiler is. What counts: copies that block, either way, and
+numbers that are asked for (`item`, `nonzero`, a mask as an index, ...).
+
+    python benchmarks/waits.py [--only distill] [--where] [--beside benchmarks/waits.csv] [--out benchmarks/waits.csv]
+
+--where lists the lines that wait. --beside puts the counts of an earlier table next to these, as `before`.
+"""
+import argparse
+import atexit
+import collections
+import os
+import shutil
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+import pandas as pd
+import torch
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import pretend_gpu
+from rdd_lib.coresets.signals import Proxy, read, signals
+from rdd_lib.covering.distances import space_of
+from rdd_lib.covering.set_cover import farthest_first
+from rdd_lib.data import ImageSet
+from rdd_lib.core import generator
+from rdd_lib.distill.backprop import BackpropThroughTraining
+from rdd_lib.distill.distribution import DistributionMatching
+from rdd_lib.distill.experts import Experts
+from rdd_lib.distill.gradient import GradientMatching
+from rdd_lib.distill.trajectory import TrajectoryMatching
+from rdd_lib.models import Net
+from rdd_lib.robust.attacks import APGD, APGDT, MIFGSM, PGD, attack_until_broken
+from rdd_lib.robust.carlini_wagner import CW
+from rdd_lib.robust.certified import certify
+from rdd_lib.robust.curvature import Curvature
+from rdd_lib.robust.evaluation import evaluate, save_table
+from rdd_lib.robust.fab import FAB
+from rdd_lib.robust.objectives import Adversarial, Standard
+from rdd_lib.robust.smoothing import Noisy, Smoothed
+from rdd_lib.robust.square import Square
+from rdd_lib.robust.threats import L2, Linf
+from rdd_lib.robust.training import OBJECTIVES, Trainer, objective_of
+
+GPU, NET = "cuda", Net("convnet", dict(width=2, depth=1))
+
+
+@cache
+def data():
+    "Three classes of noise, 8 x 8."
+    g = generator(0)
+    return ImageSet((torch.rand(36, 1, 8, 8, generator=g) * 255).byte(), torch.arange(36) % 3, "abc", "noise")
+
+@cache
+def judged():
+    "A network on the GPU, and images with the labels that it gives."
+    model, x = NET(data(), 0).to(GPU), data().images(GPU)
+    with torch.no_grad(): return model, x, model(x).argmax(1)
+
+
+# ---- flows: name -> a function that takes n steps ------------------------------------------------------------------
+
+def training(objective, log=False, **settings):
+    return lambda n: Trainer(objective, steps=n, batch=12, **settings)(NET, data(), 0, GPU, log=[] if log else None)
+
+def objectives():
+    made = {k: objective_of(k, Linf(.1), **({"eta": .1} if k == "generalized" else {})) for k in OBJECTIVES}
+    return made | {"noisy": Noisy(.1), "adversarial, square": Adversarial(Square(Linf(.1), 4)),
+                   "adversarial, apgd": Adversarial(APGD(Linf(.1), steps=5))}
+
+def proxied(n): signals(data(), Proxy(NET, Trainer(steps=n, batch=12)), device=GPU, keep=False)
+
+TRAININGS = {name: training(o) for name, o in objectives().items()} | {
+    "augmented": training(Standard(), augment="color_crop_cutout_flip_scale_rotate"),
+    "with log=": training(Standard(), log=True), "of a proxy": proxied}
+
+TINY, SHORT = Linf(1e-6), L2(1e-6)                           # within which nothing breaks
+ATTACKS = {"pgd": lambda n: PGD(TINY, n), "pgd, l2": lambda n: PGD(SHORT, n), "mifgsm": lambda n: MIFGSM(TINY, n),
+           "apgd-ce": lambda n: APGD(TINY, "ce", n), "apgd-dlr": lambda n: APGD(TINY, "dlr", n),
+           "cw": lambda n: CW(SHORT, steps=n), "square": lambda n: Square(TINY, n),
+           "square, l2": lambda n: Square(SHORT, n)}
+JUDGES = ATTACKS | {"apgd-t": lambda n: APGDT(TINY, steps=n, targets=1), "fab": lambda n: FAB(TINY, n, 1),
+                    "fab, l2": lambda n: FAB(SHORT, n, 1)}
+
+def judging(make): return lambda n: attack_until_broken(make(n), *judged())
+def climbing(make): return lambda n: make(n)(*judged(), generator(0, device=GPU))
+
+def distilled(method, **settings):
+    return lambda n: method(net=NET, batch_real=8, **{"iterations": n} | settings).compress(data(), ipc=2, device=GPU)
+
+def dc(**settings): return distilled(GradientMatching, **{"outer": 1, "inner": 1} | settings)
+def later(make): return lambda n: make(n)(1)                 # n is not the number of iterations
+
+EXPERTS = Experts(n=1, epochs=2, batch=12)
+
+@cache
+def expert_folder():
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    EXPERTS(NET, data(), 2, folder, "cpu")
+    return folder
+
+def led(unit="iterations", **settings):
+    def run(n):
+        steps = {"iterations": 1, "student_steps": 2} | {unit: n}
+        method = TrajectoryMatching(net=NET, experts=EXPERTS, max_start=1, expert_epochs=1, **settings, **steps)
+        method.compress(data(), ipc=2, device=GPU, buffers=expert_folder())
+    return run
+
+DISTILLERS = {
+    "dm, iteration": distilled(DistributionMatching), "dc, iteration": dc(),
+    "dc, step on the images": later(lambda n: dc(outer=n)), "dc, inner step": later(lambda n: dc(outer=2, inner=n)),
+    "dsa, iteration": dc(augment="crop", init="real"),
+    "dsa, inner step": later(lambda n: dc(outer=2, inner=n, augment="crop_scale_cutout", init="real")),
+    "guard, iteration": dc(real_objective=Curvature()),
+    "dc of PGD-3, iteration": dc(real_objective=Adversarial(PGD(Linf(.1), 3))),
+    "dd, iteration": distilled(BackpropThroughTraining),
+    "dd, step of the walk": later(lambda n: distilled(BackpropThroughTraining, epochs=n, iterations=1)),
+    "tm, iteration": led(augment="crop"), "tm, student step": led("student_steps", augment="crop")}
+
+def voted(n): Smoothed(judged()[0], .1, 10).counts(judged()[1][0], 10 * n, generator(0))
+
+def certified(n):
+    model, x, y = judged()
+    certify(model, x[:4 * n], Linf(.01), y=y[:4 * n], device=GPU, batch=4)
+
+def part(n): return data().subset(range(4 * n))
+
+OTHERS = {"smoothing: batch": voted, "certify: batch": certified,
+          "evaluate, no attack: batch": lambda n: evaluate(judged()[0], part(n), None, device=GPU, batch=4),
+          "signals: batch": lambda n: read(judged()[0], part(n), None, 0, GPU, 4),
+          "farthest first: centre": lambda n: farthest_first(space_of(data().x, device=GPU), n)}
+
+FLOWS = {f"training: {k}": run for k, run in TRAININGS.items()} | {
+    f"evaluation: {k}": judging(make) for k, make in JUDGES.items()} | {
+    f"attack: {k}": climbing(make) for k, make in ATTACKS.items()} | {
+    f"distill: {k}": run for k, run in DISTILLERS.items()} | OTHERS
+
+
+# ---- counting ------------------------------------------------------------------------------------------------------
+
+def waits(run, n):
+    "Everything that the host waits for in n steps: (kind, operator, file:line) -> how often."
+    with pretend_gpu.waits("rdd_lib/") as w: run(n)
+    return w.at()
+
+def per_step(run, n=3):
+    "Waits of one step, and where: the difference between 2n and n steps."
+    run(n); run(2 * n)                                       # what is made once has been made
+    fewer, more = waits(run, n), waits(run, 2 * n)
+    places = collections.Counter({k: v / n for k in more | fewer if (v := more[k] - fewer[k])})
+    return sum(places.values()), places
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="flows whose name holds this")
+    parser.add_argument("--where", action="store_true", help="list the lines that wait")
+    parser.add_argument("--beside", help="an earlier table (its column waits): what was before")
+    parser.add_argument("--out", help="write the table here, .csv or .parquet")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    rows = []
+    with pretend_gpu.present():
+        if not pretend_gpu.pretended(): raise SystemExit("this machine has a GPU, and a real one does not count waits")
+        for name in (f for f in FLOWS if asked.only in f):
+            count, places = per_step(FLOWS[name])
+            rows.append((name, round(count, 2)))
+            print(f"{name:35} {count:7.2f}", flush=True)
+            if not asked.where: continue
+            for (kind, op, place), k in places.most_common(): print(f"    {k:6.2f} {kind}, {op}: {place}")
+    table = pd.DataFrame(rows, columns=["flow", "waits"])
+    if asked.beside: table.insert(1, "before", table.flow.map(pd.read_csv(asked.beside).set_index("flow").waits))
+    if asked.out: save_table(table, asked.out)
+
+
+if __name__ == "__main__": main()
