@@ -279,7 +279,7 @@ def _listing(name, root, split, how):
 def _upright(image):
     "Turned as its EXIF orientation says; EXIF that cannot be read says nothing."
     from PIL import ImageOps
-    try: return ImageOps.exif_transpose(image)
+    try: return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
     except Exception: return image
 
 def _eight_bits(image):

@@ -1,4 +1,4 @@
-"""What comes in at a door or goes out at one: image folders, arrays, NumPy's numbers, full disks; each as users met it."""
+"""What comes in at a door or goes out at one: image folders, arrays, NumPy's numbers, full disks; as users met them."""
 import json
 import os
 import pwd

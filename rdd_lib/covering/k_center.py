@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple
 import numpy as np
 import torch
-from ..core import check, generator, subseed
+from ..core import check, check_whole, generator, subseed
 from .certificate import ClassCover, Cover, Leaf, Part, cover_of
 from .distances import TIE, Rows, Space, space_of
 from .set_cover import (MILP_CELLS, SOLVERS, TRIES, _priced, _short, Crew, Standing, Task, check_limits, farthest_first, leaf_of, line_of, lp_bound, min_cover,
@@ -42,8 +42,9 @@ def gonzalez(points=None,       # (N, d) or (N, C, H, W)
     "k centres, each the point farthest from those before it: at most twice the best radius (Gonzalez 1985). Raises `BadArgument`."
     space = space_of(points, distances, norm, labels, device)
     _check_k(k, space)
-    check(isinstance(start, int) and 0 <= start < len(space), f"start must be one of the {len(space)} points, got {start!r}")
-    order, _, _ = farthest_first(space, k + 1, start)
+    ok = isinstance(start, (int, np.integer)) and 0 <= start < len(space)
+    check(ok, f"start must be one of the {len(space)} points, got {start!r}")
+    order, _, _ = farthest_first(space, k + 1, int(start))
     return cover_of(space, order[:k], space.distance(crowd_bound(space, order, k)).item())
 
 def _check_k(k, space, what="k"):
@@ -393,7 +394,7 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
     Raises `BadArgument` for a k that is no number of points, an empty set, NaN, labels of another length. Ctrl-C returns the best so far, marked `interrupted`.
     With `solver='lp'` the same arguments give the same cover (of up to 16,384 points), as long as the time does not run out; 'auto' goes on while it may help, and its radius is the same wherever it is proven optimal."""
     check(budget in BUDGETS, f"budget must be 'per_class', 'total' or 'joint', got {budget!r}")
-    check(isinstance(starts, int) and starts >= 1, f"starts must be a whole number >= 1, got {starts!r}")
+    check_whole("starts", starts)
     check_limits(time_limit, solver, gap)
     crew = Crew(time_limit)
     space = space_of(points, distances, norm, None if budget == "joint" else labels, device, embed)

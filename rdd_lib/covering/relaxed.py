@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check, generator, progress as bar
+from ..core import check, check_whole, generator, progress as bar
 from .distances import FULL, TIE, Space, full, nearest, row_blocks, space_of
 
 # %% ../../nbs/covering/16_relaxed.ipynb #71f4f69e
@@ -289,7 +289,7 @@ def relaxed_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels
     check(budget in BUDGETS, f"budget must be 'per_class' or 'joint', got {budget!r}")
     check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
     check(isinstance(k, (int, np.integer)) and not isinstance(k, bool), f"k must be a whole number, got {k!r}")
-    check(isinstance(steps, int) and steps >= 0, f"steps must be a whole number >= 0, got {steps!r}")
+    check_whole("steps", steps, 0)
     space, begin = space_of(points, distances, norm, labels if budget == "per_class" else None, device), time.monotonic()
     parts = _parts(space, torch.arange(0))
     for part, rows, _ in parts:
