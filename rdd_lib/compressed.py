@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 import rdd_lib
-from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, generator, lookup, with_settings
+from .core import BrokenFile, MissingData, atomic, check, check_whole, describe, device_of, generator, lookup, with_settings
 from .data import ImageSet, shares, show_images
 
 # %% ../nbs/03_compressed.ipynb #fef72433
@@ -153,6 +153,7 @@ class Compressor:
         "Compress `data`. Same data, settings, seed and device: same bytes."
         counts = self.counts(data, ipc, total)
         generator(seed)                                         # a bad seed is refused before the work
+        device_of(device)                                       # and a bad device
         made = self.make(data, counts, seed, device, **run)
         if "x" not in made: made |= {"x": data.x[made["indices"]], "y": data.y[made["indices"]]}
         source = {"name": data.name, "split": data.split, "images": len(data), "fingerprint": data.fingerprint}

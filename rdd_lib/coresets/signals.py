@@ -117,7 +117,7 @@ class Proxy:
 class History:
     "What happens to each image in each epoch of a training: give it to a `Trainer` as `watch`."
     def __init__(self, y: Tensor, batch: int):
-        self.y, self.per_epoch, self.steps, self.rows = y, -(-len(y) // batch), 0, {name: [] for name in HISTORY}
+        self.y, self.per_epoch, self.steps, self.rows = y.cpu(), -(-len(y) // batch), 0, {name: [] for name in HISTORY}
 
     def __call__(self, i: Tensor, logits: Tensor):
         if self.steps % self.per_epoch == 0:
@@ -181,7 +181,7 @@ def _look(data, proxy, attack, device):
     plain = ImageSet(data.x, data.y, data.classes, data.name, data.split)       # of a compressed set, neither weights nor soft labels
     model = proxy.trainer(proxy.net, plain, proxy.seed, device, watch=history)
     features, logits = read(model, data, attack, subseed(proxy.seed, "signals"), device_of(device))
-    return Signals(features, logits, data.y, **history.tensors())
+    return Signals(features, logits, data.y.cpu(), **history.tensors())
 
 def _keep(made, path, settings):
     from safetensors.torch import save_file

@@ -256,11 +256,12 @@ def _checked_matrix(d, device):
 # %% ../../nbs/covering/10_distances.ipynb #957b0ab2
 def embedded(points,             # (N, ...): uint8 images are handed over as floats from 0 to 1
              embed,              # a model or function: (n, ...) -> (n, d) or (n, C, H, W)
-             device="cpu",       # where it runs
+             device="cpu",       # where it runs: a model is moved there and stays
              batch: int = 512,   # images at a time
             ) -> Tensor:         # (N, d)
     "What a model makes of every point, in evaluation mode and without gradients. Raises `BadArgument` where it does not return one row a point."
     check(callable(embed), f"embed must be a model or a function, got {type(embed).__name__}")
+    if isinstance(embed, torch.nn.Module): embed = embed.to(device_of(device))
     x, training = torch.as_tensor(points), getattr(embed, "training", False)
     if training: embed.eval()
     scale = (lambda t: t.float() / 255) if x.dtype == torch.uint8 else (lambda t: t)

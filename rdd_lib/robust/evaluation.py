@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import atomic, check, check_whole, device_of, subseed
+from ..core import atomic, batch_of, check, device_of, subseed
 from ..data import ImageSet
 from ..models import Net
 from .attacks import Attack, PGD, attack_until_broken, eval_mode, margin
@@ -119,10 +119,9 @@ def evaluate(model: nn.Module,
     "Attack every image of `data` until it breaks. The model is moved to `device`; its mode and gradients are left as they were."
     device = device_of(device)
     model, x, y = model.to(device), data.images(device), data.y.to(device)
-    about = dict(y=data.y, classes=tuple(data.classes), fingerprint=data.fingerprint)
+    about = dict(y=data.y.cpu(), classes=tuple(data.classes), fingerprint=data.fingerprint)
     if attack is None:
-        if batch is not None: check_whole("batch", batch)
-        with eval_mode(model): logits = predict(model, x, batch or 250)
+        with eval_mode(model): logits = predict(model, x, batch_of(batch, device))
         by = torch.where(logits.argmax(1) == y, -1, 0).cpu()
         found = dict(by=by, step=by, distance=torch.zeros(len(data), dtype=torch.float64), names=("clean",), forward_samples=len(data))
     else:

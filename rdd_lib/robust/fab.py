@@ -9,7 +9,7 @@ __all__ = ['water_level', 'to_plane', 'FAB', 'Nearest', 'boundary_distance']
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
-from ..core import check, check_whole, lookup, progress
+from ..core import batch_of, check, check_whole, lookup, progress
 from .attacks import Walk, check_batch, check_logits, eval_mode, slope
 from .threats import L2, THREATS, Threat, spread
 
@@ -124,11 +124,12 @@ def boundary_distance(model,             # images in [0, 1] -> logits; in eval m
                       steps: int = 100,  # of each walk
                       targets: int = 9,  # classes aimed at
                       halvings: int = 10,# of the line from the image to the point found, at the end
-                      batch_size: int = 250,
+                      batch_size: int | None = None,   # images in the network at a time; None: 250, on a GPU 500
                      ) -> Nearest:
     "How far each image is from being misclassified, at most: all walks of `FAB` to the end, then a bisection. Raises as `Attack` does, and `UnknownName`."
     x, y = check_batch(x, y)
-    for name, value, least in (("batch_size", batch_size, 1), ("halvings", halvings, 0)): check_whole(name, value, least)
+    check_whole("halvings", halvings, 0)
+    batch_size = batch_of(batch_size, x.device, name="batch_size")
     attack = FAB(lookup(norm, THREATS, "norm")(1.), steps, targets)
     with eval_mode(model), torch.no_grad():
         batches = [*zip(x.split(batch_size), y.split(batch_size), strict=True)]
