@@ -261,7 +261,8 @@ def embedded(points,             # (N, ...): uint8 images are handed over as flo
             ) -> Tensor:         # (N, d)
     "What a model makes of every point, in evaluation mode and without gradients. Raises `BadArgument` where it does not return one row a point."
     check(callable(embed), f"embed must be a model or a function, got {type(embed).__name__}")
-    if isinstance(embed, torch.nn.Module): embed = embed.to(device_of(device))
+    owner = getattr(embed, "__self__", embed)                # of a method: the model that it belongs to
+    if isinstance(owner, torch.nn.Module): owner.to(device_of(device))
     x, training = torch.as_tensor(points), getattr(embed, "training", False)
     if training: embed.eval()
     scale = (lambda t: t.float() / 255) if x.dtype == torch.uint8 else (lambda t: t)
