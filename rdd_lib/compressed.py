@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 import rdd_lib
-from .core import (BrokenFile, atomic, check, check_whole, describe, lookup, plain, require_readable,
+from .core import (BrokenFile, atomic, check, check_whole, describe, device_of, lookup, plain, require_readable,
                           with_settings)
 from .data import ImageSet, shares, show_images
 
@@ -164,7 +164,8 @@ class Compressor:
         "Compress `data`. Same data, settings, seed and device: same bytes."
         counts = self.counts(data, ipc, total)
         seed = check_whole("seed", seed, 0)                     # a bad seed is refused before the work
-        ipc, total = plain(ipc), plain(total)                   # and NumPy's numbers have no place in a provenance
+        device_of(device)                                       # and a bad device
+        ipc, total = plain(ipc), plain(total)                   # NumPy's numbers have no place in a provenance
         made = self.make(data, counts, seed, device, **run)
         if "x" not in made: made |= {"x": data.x[made["indices"]], "y": data.y[made["indices"]]}
         source = {"name": data.name, "split": data.split, "images": len(data), "fingerprint": data.fingerprint}

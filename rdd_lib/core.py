@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
            'check_whole', 'lookup', 'describe', 'digest', 'with_settings', 'plain', 'subseed', 'generator', 'drawn',
-           'seeded', 'device_of', 'check_values', 'numbers', 'one_look', 'sent', 'writing', 'atomic',
+           'seeded', 'device_of', 'batch_of', 'check_values', 'numbers', 'one_look', 'sent', 'writing', 'atomic',
            'require_writable', 'require_readable', 'set_aside', 'recalled', 'kept', 'unasked', 'in_cache', 'keep_heap',
            'progress', 'check_images']
 
@@ -157,19 +157,39 @@ def drawn(g: torch.Generator) -> int:   # a 62-bit seed
 # %% ../nbs/00_core.ipynb #a39a780e
 @contextlib.contextmanager
 def seeded(seed: int):
-    "For code of others that only draws from torch's global generator (layer initialisation): seed it, then put it back as it was."
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    """For code of others that only draws from torch's global generator (layer initialisation): seed it, then put it back as it was.
+    Those of the GPUs too, where this process uses one: asking them otherwise would start a context on each."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        if gpus: torch.cuda.manual_seed_all(seed)
         yield
 
 # %% ../nbs/00_core.ipynb #8e896574
 def device_of(name="auto") -> torch.device:
-    "The torch device called `name`; `'auto'` takes the GPU where there is one."
+    "The torch device called `name`; `'auto'` takes the GPU where there is one. Raises `BadArgument`, `NoDevice`."
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
-    except RuntimeError: raise BadArgument(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from None
-    check(device.type != "cuda" or torch.cuda.is_available(), f"device {str(name)!r} was asked for, but torch sees no GPU", NoDevice)
+    except (RuntimeError, TypeError): device = None
+    check(device is not None and device.type in ("cpu", "cuda"),
+          f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {str(name)!r}")
+    if device.type == "cpu": return device
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    check(gpus, f"device {str(name)!r} was asked for, but torch sees no GPU", NoDevice)
+    check((device.index or 0) < gpus,
+          f"device {str(name)!r} was asked for, but torch sees {gpus}, counted from 'cuda:0'", NoDevice)
     return device
+
+# %% ../nbs/00_core.ipynb #5d0c7a12
+def batch_of(batch: int | None,    # as it was asked for; None: what suits the device
+             device,               # where the network computes
+             cpu: int = 250,       # what suits a CPU
+             gpu: int = 500,       # what suits a GPU
+             name: str = "batch",  # what to call it in the message
+            ) -> int:
+    "How many images go through a network at a time. Raises `BadArgument`."
+    if batch is None: return gpu if torch.device(device).type == "cuda" else cpu
+    return check_whole(name, batch)
 
 # %% ../nbs/00_core.ipynb #d0a7e942
 _noted = ContextVar("noted", default=None)    # (what must hold, message, error), within `one_look`

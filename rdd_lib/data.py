@@ -47,6 +47,7 @@ class ImageSet:
         known = (torch.uint8, torch.float16, torch.float32, torch.float64)
         check(x.dtype in known, f"x must be uint8 or floating point of 16, 32 or 64 bits, got {x.dtype}")
         check(y.shape == x.shape[:1], f"y must hold one label an image, got {tuple(y.shape)} for {len(x)} images")
+        check(y.device == x.device, f"x and y must be on one device, got {x.device} and {y.device}")
         check(y.dtype == torch.int64 and 0 <= y.min() and y.max() < len(self.classes),
               f"y must be int64 in 0 ... {len(self.classes) - 1}, got {y.dtype} in {y.min()} ... {y.max()}")
         if x.is_floating_point():
@@ -68,19 +69,20 @@ class ImageSet:
 
     @cached_property
     def per_class(self) -> list[Tensor]:
-        "The indices of each class, one tensor a class."
-        return [torch.nonzero(self.y == c).flatten() for c in range(self.n_classes)]
+        "The indices of each class, one tensor a class, on the CPU."
+        y = self.y.cpu()
+        return [torch.nonzero(y == c).flatten() for c in range(self.n_classes)]
 
     def subset(self, indices) -> "ImageSet":
         "The images at `indices`, as an `ImageSet`."
-        indices = torch.as_tensor(indices)
+        indices = torch.as_tensor(indices, device=self.x.device)
         return ImageSet(self.x[indices], self.y[indices], self.classes, self.name, self.split)
 
     @cached_property
     def fingerprint(self) -> str:
         "A hash of pixels and labels: two sets with the same one hold the same images in the same order."
         h = hashlib.sha256(repr((tuple(self.x.shape), str(self.x.dtype))).encode())
-        for t in (self.x, self.y): h.update(t.contiguous().numpy().data)
+        for t in (self.x, self.y): h.update(t.cpu().contiguous().numpy().data)
         return h.hexdigest()[:16]
 
 # %% ../nbs/01_data.ipynb #01da7ae5

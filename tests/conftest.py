@@ -24,13 +24,13 @@ settings.load_profile("same")
 
 def pytest_collection_modifyitems(items):
     "The pretend GPU has to be there before the first backward pass: autograd counts devices then."
-    if pretend_gpu.possible() and any("gpu" in getattr(i, "fixturenames", ()) for i in items): pretend_gpu.install()
+    if any("gpu" in getattr(i, "fixturenames", ()) for i in items): pretend_gpu.install()
 
 
 @pytest.fixture
 def gpu():
     "The name of a GPU: a real one, else one that is pretended (see tests/pretend_gpu)."
-    if not pretend_gpu.possible(): pytest.skip("needs a GPU, or a C++ compiler to pretend one")
+    if why := pretend_gpu.install(): pytest.skip(f"needs a GPU; {why}")
     with pretend_gpu.present(): yield "cuda"
 
 

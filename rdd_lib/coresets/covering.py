@@ -88,7 +88,7 @@ def verify_coreset(made: Compressed,   # with a radius and a certificate
     check(made.radius is not None and made.certificate, "this set carries no certificate")
     source = (made.provenance or {}).get("source", {}).get("fingerprint", data.fingerprint)
     check(source == data.fingerprint, f"{data.name}/{data.split} is not the data that the set was made from")
-    check(torch.equal(data.x[made.indices], made.x), "the images are not those of the data at its indices")
+    check(torch.equal(data.x[made.indices].cpu(), made.x.cpu()), "the images are not those of the data at its indices")
     proof = Certificate.of(made.certificate)
     check(proof.problem == "k", "the certificate is not about a radius")
     per_class = proof.parts[0].label is not None

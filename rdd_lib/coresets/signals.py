@@ -120,7 +120,7 @@ class History:
     "What happens to each image in each epoch of a training: give it to a `Trainer` as `watch`."
     def __init__(self, y: Tensor, batch: int | list[int]):   # how many images a batch holds, or each batch of an epoch
         per_epoch = len(batch) if isinstance(batch, list) else -(-len(y) // batch)
-        self.y, self.per_epoch, self.steps, self.rows = y, per_epoch, 0, {name: [] for name in HISTORY}
+        self.y, self.per_epoch, self.steps, self.rows = y.cpu(), per_epoch, 0, {name: [] for name in HISTORY}
 
     def __call__(self, i: Tensor, logits: Tensor):
         if self.steps % self.per_epoch == 0:
@@ -185,7 +185,7 @@ def _look(data, proxy, attack, device):
     history = History(data.y, proxy.trainer.epoch(lambda: proxy.net(plain), plain))
     model = proxy.trainer(proxy.net, plain, proxy.seed, device, watch=history)
     features, logits = read(model, data, attack, subseed(proxy.seed, "signals"), device_of(device))
-    return Signals(features, logits, data.y, **history.tensors())
+    return Signals(features, logits, data.y.cpu(), **history.tensors())
 
 def _keep(made, path, settings):
     from safetensors.torch import save_file

@@ -191,10 +191,11 @@ class Cover:
               labels=None,        # their labels; needed where the cover is one by label
               distances=None,     # or the distances that were covered
               embed=None,         # the model between whose outputs distances were measured
+              device="cpu",       # where distances are computed
              ) -> "Cover":        # itself
         "Recompute the covering, the counts and what the certificate proves. A `lower_bound` above `certified` is a program's word, and is not checked. Raises `BadArgument` that says what does not hold."
         check(not self.by_label or labels is not None, "labels are needed to check a cover that was made label by label")
-        space, n = space_of(points, distances, self.norm, labels if self.by_label else None, embed=embed), len(self.assignment)
+        space, n = space_of(points, distances, self.norm, labels if self.by_label else None, device, embed), len(self.assignment)
         check(len(space) == n, f"points must be the {n} that were covered, got {len(space)}")
         check(len(self.indices.unique()) == len(self) and 0 <= self.indices.min() and self.indices.max() < n, "indices must be different points of the set")
         key, nearest = space.nearest(self.indices)

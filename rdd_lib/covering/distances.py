@@ -258,14 +258,15 @@ def _checked_matrix(d, device):
 # %% ../../nbs/covering/10_distances.ipynb #957b0ab2
 def embedded(points,             # (N, ...): uint8 images are handed over as floats from 0 to 1
              embed,              # a model or function: (n, ...) -> (n, d) or (n, C, H, W)
-             device="cpu",       # where it runs
+             device="cpu",       # where it runs: a model is moved there and stays
              batch: int = 512,   # images at a time
             ) -> Tensor:         # (N, d)
     "What a model makes of every point, in evaluation mode and without gradients. Raises `BadArgument` where it does not return one row a point."
     check(callable(embed), f"embed must be a model or a function, got {type(embed).__name__}")
-    x = torch.as_tensor(points)
+    x, owner = torch.as_tensor(points), getattr(embed, "__self__", embed)      # of a method: the model that it belongs to
+    if isinstance(owner, torch.nn.Module): owner.to(device_of(device))
     scale = (lambda t: t.float() / 255) if x.dtype == torch.uint8 else (lambda t: t)
-    with eval_mode(embed), torch.no_grad(): out = [embed(scale(part.to(device_of(device)))) for part in x.split(batch)]
+    with eval_mode(owner), torch.no_grad(): out = [embed(scale(part.to(device_of(device)))) for part in x.split(batch)]
     check(all(torch.is_tensor(o) and o.dim() >= 2 for o in out) and sum(map(len, out)) == len(x), f"embed must return a row for each of the {len(x)} points")
     return rows_of(torch.cat(out), "embedded points", device)
 

@@ -118,7 +118,7 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
     if film: _show_film(run["snapshots"], made, film)
     save(made, out)                                                           # last: it removes the checkpoint
     typer.echo(made.summary())
-    if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images))
+    if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images, device))
     typer.echo(f"written to {out}" + (f", the pictures to {film}" if film else ""))
 
 def _number(k, ipc, total, budget):
@@ -136,10 +136,10 @@ def _show_film(pictures, made, path):
     figure = show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first))
     with atomic(path) as tmp: figure.savefig(tmp, format=path.suffix[1:] or "png")
 
-def _verified(made, images):
+def _verified(made, images, device):
     from rdd_lib.coresets.covering import verify_coreset
     begin = time.perf_counter()
-    bound = verify_coreset(made, images)
+    bound = verify_coreset(made, images, device)
     return f"certificate verified: no choice of as many images has a radius below {bound:.4f} ({time.perf_counter() - begin:.1f} s, no solver)"
 
 # %% ../../nbs/reproduce/55_cli.ipynb #da96572e
@@ -159,13 +159,14 @@ def show(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or 
          which: int = typer.Option(0, help=PUBLISHED["which"]),
          picture: Optional[Path] = typer.Option(None, help="write the images as a picture (png, svg, pdf)"),
          per_class: int = typer.Option(10, help="images of each class in the picture"),
-         verify: bool = typer.Option(False, "--verify", help="check radius and certificate against the data it was made from")):
+         verify: bool = typer.Option(False, "--verify", help="check radius and certificate against the data it was made from"),
+         device: str = typer.Option("auto", help="where --verify computes: auto, cpu, cuda, cuda:N")):
     "What a compressed set is, where it came from, what it looks like."
     from rdd_lib.core import atomic
     from rdd_lib.data import load
     made = _read(path, data, stats, which)
     typer.echo(made.summary())
-    if verify: typer.echo(_verified(made, load(made.name, made.split)))
+    if verify: typer.echo(_verified(made, load(made.name, made.split), device))
     if picture:
         check(picture.suffix in (".png", ".svg", ".pdf"), f"--picture must end in .png, .svg or .pdf, got {str(picture)!r}")
         check(per_class >= 1, f"--per-class must be >= 1, got {per_class}")

@@ -91,7 +91,7 @@ def three_scores(data: str,                  # name of the data set
     model = trainer(protocol.net, S, seed, device)
     found = {"n_test": len(test), "images": len(S), "radius": getattr(S, "radius", None), "lower_bound": getattr(S, "lower_bound", None), "lr": trainer.lr}
     for norm, threat in (("linf", protocol.threat), ("l2", protocol.l2)):
-        o = evaluate(model, test, attack_of(protocol.attack, threat), seed, device, batch=250)
+        o = evaluate(model, test, attack_of(protocol.attack, threat), seed, device)
         found |= {"clean": o.std, "clean_hits": int(o.correct.sum()), norm: o.rob, f"{norm}_hits": int(o.survived.sum())}
     return found
 

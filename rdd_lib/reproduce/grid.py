@@ -153,7 +153,7 @@ def run_grid(cells: list[dict],                      # the arguments of each cel
              resume: bool = True,                    # False: compute every cell again
              progress: bool = True,                  # a bar with the cells that are done, and how many of them were in the store
              *, on_error: str = "raise",             # 'raise' stops at the first failure; 'record' puts it into the row (and not into the store)
-             workers: int | None = None,             # for 'processes', see `split_cores`
+             workers: int | None = None,             # for 'processes', see `split_cores`; None: for cells on GPUs, one a GPU
              threads: int | None = None,             # threads per cell; the same number gives the same bits on every executor
             ) -> list[dict]:                         # a flat row per cell, in the order of `cells`
     """`fn(**cell)` for every cell, each computed once and kept in the store.
@@ -184,7 +184,13 @@ def _executor(executor, fn, missing, workers, threads):
     lookup(executor, {"serial": 1, "processes": 1}, "executor")
     if executor == "serial": return _own_threads(threads)
     for _, cell in missing.values(): _check_importable(fn, cell)
-    return _processes(*split_cores(len(missing), workers, threads))
+    return _processes(*split_cores(len(missing), workers or _gpus_of(missing), threads))
+
+def _gpus_of(missing):
+    "How many GPUs the cells name, None for none: a worker for each, for several would share its memory and its time."
+    named = [str(key.arguments.get("device")) for key, _ in missing.values()]
+    gpus = {d.partition(":")[2] or "0" for d in named if d.startswith("cuda")}
+    return len(gpus) or None
 
 @contextmanager
 def _foreign(executor): yield executor                # whoever made it ends it

@@ -94,6 +94,7 @@ def versions() -> dict:
 def device_used(**arguments) -> str:
     "What a cell ran on: the device it names, else the GPU if this process has touched one, else the CPU."
     named = arguments.get("device") or ("cuda" if torch.cuda.is_initialized() else "cpu")
+    if named == "auto": named = device_of(named)
     return torch.cuda.get_device_name(named) if str(named).startswith("cuda") and torch.cuda.is_available() else str(named)
 
 def _checksum(record):

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import (BrokenFile, atomic, check, check_images, check_values, check_whole, describe, digest, in_cache,
-                          keep_heap, kept, lookup, numbers, one_look, progress, require_writable, unasked)
+from ..core import (BrokenFile, atomic, batch_of, check, check_images, check_values, check_whole, describe, digest,
+                          in_cache, keep_heap, kept, lookup, numbers, one_look, progress, require_writable, unasked)
 from ..core import generator as generator_of
 from ..models import eval_mode, frozen
 from .threats import Threat, spread
@@ -467,8 +467,6 @@ def attack_until_broken(attack: Attack,
                        ) -> AttackResult:
     "Whether each image survives the attack, and how it broke. Raises as `Attack` does; `BrokenFile`, `BadArgument` for a checkpoint of something else."
     check(isinstance(attack, Attack), f"attack must be an Attack like PGD(Linf(.1)), got {attack!r}")
-    batch_size = batch_size if batch_size is not None else 500 if torch.is_tensor(x) and x.is_cuda else 250
-    check_whole("batch_size", batch_size)
     check(screen in (None, "bf16"), f"screen must be None or 'bf16', got {screen!r}")
     g = generator_of(0 if generator is None else generator)
     check(checkpoint is not True or isinstance(model, nn.Module), "checkpoint=True needs a torch.nn.Module, for plain functions cannot be told apart; give a path")
@@ -476,6 +474,7 @@ def attack_until_broken(attack: Attack,
     keep_heap()
     with one_look(), eval_mode(model), frozen(model):
         x, y = check_batch(x, y)
+        batch_size = batch_of(batch_size, x.device, name="batch_size")
         keeper = _keeper(checkpoint, every, key)
         run = _Evaluation(attack, model, x, y, g, batch_size, compact, screen, keeper)
         if attack.threat.eps > 0: found = run.run()

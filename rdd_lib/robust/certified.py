@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import RddError, check, check_whole, device_of, lookup, progress, subseed
+from ..core import RddError, batch_of, check, check_whole, device_of, lookup, progress, subseed
 from ..data import ImageSet
 from ..models import MLP, ConvNet, LeNet, Normalized
 from .attacks import Attack, attack_until_broken, check_batch, check_logits, eval_mode
@@ -356,6 +356,7 @@ def margin_bounds(model: nn.Module, x: Tensor,
                  ) -> Tensor:                 # (N, K): z_y - z_j at least; 0 for j = y
     "Lower bounds of the margins over the ball. Raises as `logit_bounds`."
     levels, lo, hi, ball = _levels(model, x, threat, method)
+    y = y.to(lo.device)
     check(bool(y.max() < lo.shape[1]), lambda: f"y holds the label {y.max()}, but the model has {lo.shape[1]} classes")
     bound = _best(levels, lo, hi, _margin_rows(y, lo), ball, method != "ibp").T
     return bound.scatter(1, y[:, None], 0.)
@@ -402,14 +403,15 @@ def certify(model: nn.Module,
             method: str = "crown-ibp",   # one of `METHODS`
             y: Tensor | None = None,     # (N,) labels, where `data` is a tensor
             device: str = "auto",
-            batch: int = 50,             # images at a time
+            batch: int | None = None,    # images at a time; None: 50, on a GPU 200
            ) -> Certificate:
     """For which images it is proven that no image of the ball is misclassified. The model is moved to `device` and stays there; in eval mode for this, its modes are left as they were.
     The proof is about convolutions that are sums of products, as the model is asked here (without cuDNN, oneDNN and NNPACK): on a GPU it is strict
     only for a model that runs without Winograd or FFT convolutions, TF32 and autocast.
     Raises `BadArgument` for a layer without bounds, `RddError` where the model contradicts them."""
-    lookup(method, METHODS, "method"); check_whole("batch", batch)
+    lookup(method, METHODS, "method")
     device = device_of(device)
+    batch = batch_of(batch, device, cpu=50, gpu=200)
     (x, y), model = images_and_labels(data, y, device), model.to(device)
     with eval_mode(model):
         parts = [_certify(model, xb, yb, threat, method) for xb, yb in progress([*zip(x.split(batch), y.split(batch))], desc=method)]
@@ -544,13 +546,15 @@ def sandwich(model: nn.Module,
              y: Tensor | None = None,        # (N,) labels, where `data` is a tensor
              seed: int = 0,                  # of the attack
              device: str = "auto",
-             batch: int = 50,
+             batch: int | None = None,       # images at a time; None: 50, on a GPU 200
             ) -> Sandwich:
     "Prove what can be proven, attack every image all the same, and see that the two agree. Raises as `certify` and `Sandwich`."
     from rdd_lib.robust.autoattack import autoattack
     attack = attack or autoattack(threat, "paper")
     check(attack.threat == threat, f"attack and certificate need one threat: got {attack.threat} and {threat}")
-    proof, device = certify(model, data, threat, method, y, device, batch), device_of(device)
+    device = device_of(device)
+    batch = batch_of(batch, device, cpu=50, gpu=200)
+    proof = certify(model, data, threat, method, y, device, batch)
     found = attack_until_broken(attack, model, *images_and_labels(data, y, device), subseed(seed, "attack"), batch)
     return Sandwich(threat, proof.y, proof.predicted, proof.certified, ~found.broken.cpu(), proof.margin, method, attack.name)
 

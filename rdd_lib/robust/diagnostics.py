@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import RddError, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
+from ..core import RddError, batch_of, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
 from ..core import generator as generator_of
 from ..data import ImageSet, sample
 from .attacks import (APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, eval_mode, margin,
@@ -360,7 +360,7 @@ def _run(name, c):
     try:
         with seeded(subseed(c.seed, name)): wrong, figures = test.examine(c)
     except _Skipped as e: return Finding(name, "skipped", {}, str(e))
-    except torch.OutOfMemoryError: raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError): raise         # the machine failed, not the model
     except (RddError, RuntimeError, ValueError) as e:
         return Finding(name, "warning", {"error": f"{type(e).__name__}: {e}"}, f"The check could not be run, because the model failed: {e}")
     return Finding(name, "warning" if wrong else "passed", figures, f"{test.means} {test.advice}".format(**figures) if wrong else "")
@@ -376,7 +376,7 @@ def diagnose(model,                         # images in [0, 1] -> logits; judged
              only: Sequence[str] = (),      # names of `CHECKS`; empty: all
              seed: int = 0,                 # of the sample and of all draws
              device: str = "auto",
-             batch: int = 250,              # images in the network at a time
+             batch: int | None = None,      # images in the network at a time; None: 250, on a GPU 500
             ) -> Diagnosis:
     """Whether a robust accuracy of `model` can be believed: checks after Athalye et al. (2018) and Carlini et al. (2019), one finding each.
     Raises `BadArgument` for a threat of radius 0, an attack for another threat, logits of a wrong shape; `UnknownName` for a check that is none."""
@@ -384,7 +384,8 @@ def diagnose(model,                         # images in [0, 1] -> logits; judged
     check(attack is None or attack.threat == threat, f"attack must be one for the threat {threat}, got {attack}")
     only = (only,) if isinstance(only, str) else only
     names = [n for n in CHECKS if not only or n in {lookup(o, {k: k for k in CHECKS}, "check") for o in only}]
-    c = _Case(model, data, threat, attack, surrogate, limits, effort, seed, device_of(device), batch)
+    device = device_of(device)
+    c = _Case(model, data, threat, attack, surrogate, limits, effort, seed, device, batch_of(batch, device))
     with seeded(subseed(seed, "clean")): check_logits(c.logits.nan_to_num(), c.all_y, "diagnose")
     numbers, findings = _run("nan_logits", c), []
     for name in progress(names, desc="diagnosis", unit="check"):
@@ -402,12 +403,14 @@ def eps_sweep(model: nn.Module,
               attack="quick",                   # a name of `ATTACKS`, or a callable threat -> attack
               seed: int = 0,                    # of the attacks' random starts: the same at each radius
               device: str = "auto",
-              batch: int = 64,                  # images in the network at a time
+              batch: int | None = None,         # images in the network at a time; None: 64, on a GPU 500
              ):                                 # a DataFrame: eps, images, survived, rob, low, high
     "Robust accuracy at several radii, each attacked on its own, with Wilson's interval. At eps = 0 it is the clean accuracy, to the image."
     kind = lookup(threat, THREATS, "threat") if isinstance(threat, str) else type(threat)
     check(len(radii) and min(radii) >= 0, f"radii must be numbers >= 0, got {radii!r}")
     make = (lambda t: attack_of(attack, t)) if isinstance(attack, str) else attack
+    device = device_of(device)
+    batch = batch_of(batch, device, cpu=64)
     import pandas as pd
     rows = []
     for eps in progress(sorted({0., *map(float, radii)}), desc="radii"):

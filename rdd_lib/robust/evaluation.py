@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import atomic, check, check_whole, device_of, one_look, subseed
+from ..core import atomic, batch_of, check, device_of, one_look, subseed
 from ..data import ImageSet, check_classes
 from ..models import Net, Normalized
 from .attacks import Attack, PGD, attack_until_broken, check_logits, eval_mode, margin
@@ -125,11 +125,10 @@ def evaluate(model: nn.Module,
     if isinstance(model, Normalized): check_classes(model.classes, data)
     device = device_of(device)
     model, x, y = model.to(device), data.images(device), data.y.to(device)
-    about = dict(y=data.y, classes=tuple(data.classes), fingerprint=data.fingerprint)
+    about = dict(y=data.y.cpu(), classes=tuple(data.classes), fingerprint=data.fingerprint)
     if attack is None:
-        if batch is not None: check_whole("batch", batch)
         with one_look(), eval_mode(model):
-            logits = check_logits(predict(model, x, batch or 250, "evaluate"), y, "evaluate")
+            logits = check_logits(predict(model, x, batch_of(batch, device), "evaluate"), y, "evaluate")
         by = torch.where(logits.argmax(1) == y, -1, 0).cpu()
         found = dict(by=by, step=by, distance=torch.zeros(len(data), dtype=torch.float64), names=("clean",), forward_samples=len(data))
     else:
