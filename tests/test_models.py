@@ -111,7 +111,7 @@ DISTILLERS = {"dc": GradientMatching(iterations=1, outer=1, batch_real=2), "dsa"
 
 
 @pytest.mark.parametrize("name, budget, told", [
-    ("dc", dict(ipc=1), "a class of one image would show pooled one image"), ("dsa", dict(total=11), "a class of one image"), ("guard", dict(ipc=1), "a class of one image"),
+    ("dc", dict(ipc=1), "a class of one image would show the network one image"), ("dsa", dict(total=11), "a class of one image"), ("guard", dict(ipc=1), "a class of one image"),
     ("dm", dict(ipc=1), "a class of one image"), ("dd", dict(total=11), "a step of the walk would show")])
 def test_distillers_refuse_batches_of_one_before_the_work(digits, pooled, name, budget, told):
     with pytest.raises(BadArgument, match=told): replace(DISTILLERS[name], net=pooled).compress(digits, device="cpu", log=Refuses(), **budget)

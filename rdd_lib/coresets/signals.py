@@ -182,7 +182,7 @@ def signals(data: ImageSet,
 def _look(data, proxy, attack, device):
     "The work itself."
     plain = ImageSet(data.x, data.y, data.classes, data.name, data.split)       # of a compressed set, neither weights nor soft labels
-    history = History(data.y, proxy.trainer.epoch(lambda: proxy.net(plain), plain))
+    history = History(data.y, proxy.trainer.epoch(lambda: proxy.net(plain, 0), plain))
     model = proxy.trainer(proxy.net, plain, proxy.seed, device, watch=history)
     features, logits = read(model, data, attack, subseed(proxy.seed, "signals"), device_of(device))
     return Signals(features, logits, data.y.cpu(), **history.tensors())

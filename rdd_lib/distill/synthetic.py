@@ -153,8 +153,8 @@ class Distiller(Compressor):
 
     def _check_alone(self, data, counts):
         alone = [name for name, sizes in self.shown(counts).items() if 1 in sizes]
-        check(not alone or takes_one(self.net(data), pixels(data.x[:1])), f"{' and '.join(alone)} would show {self.net.name} one image "
-              "at a time, and the batch norm of this network cannot be trained on one; take more images, or another norm")
+        check(not alone or takes_one(self.net(data, 0), pixels(data.x[:1])), f"{' and '.join(alone)} would show the network one image "
+              "at a time, and its batch norm cannot be trained on one; take more images, or another norm")
 
     def _iterate(self, s, opt, real, data, seed, done, story, keeper):
         bar = progress(range(done, self.iterations), total=self.iterations, initial=done, desc=type(self).__name__)
