@@ -430,7 +430,8 @@ def shell(*words):
 @pytest.mark.parametrize("method", ["mcs", "dm"])
 def test_the_shell(gpu, digits, tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
-    few = ("--set", "iterations=2", "--set", "batch_real=8", "--set", "net.name=mlp") if method == "dm" else ("--set", "solver=lp")
+    settings = {"mcs": ["solver=lp"], "dm": ["iterations=2", "batch_real=8", "net.name=mlp"]}[method]
+    few = [word for setting in settings for word in ("--set", setting)]
     train = ("--net", "mlp", "--set", "steps=5", "--attack", "quick", "--n-test", 9, "--certify")
     def run(d):
         said = shell("compress", method, "mnist5k", "--ipc", 2, "--device", d, "-o", f"{d}.safetensors", *few)
