@@ -1,5 +1,6 @@
 """rdd_lib/ is what nbs/ exports, the notebooks are clean, and README.md is what the index says."""
 import filecmp
+import json
 import os
 import shutil
 import subprocess
@@ -42,3 +43,11 @@ def test_readme_is_the_index():
     done = subprocess.run([sys.executable, ROOT / "tests" / "readme.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (ROOT / "README.md").read_text(encoding="utf-8") == done.stdout, "README.md is not what nbs/index.ipynb says: run `make readme`"
+
+
+def test_no_notebook_sets_the_number_of_threads():
+    "It would hold for every notebook that runs after it in the same process, and threads on shared cores wait for each other."
+    for path in (ROOT / "nbs").rglob("[!.]*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        assert not [s for s in sources if "set_num_threads" in s and not s.startswith("#| export")], path.name
