@@ -1,6 +1,7 @@
 """What only the full data sets can show: exact distances, a cover of a whole class, and the level of the paper's baseline."""
+import pytest
 import torch
-from conftest import needs
+from conftest import FULL, needs
 from rdd_lib.coresets.basic import Random
 from rdd_lib.covering.distances import distances
 from rdd_lib.covering.k_center import k_mcs
@@ -28,6 +29,7 @@ def test_a_whole_class_is_covered_and_bounded():
 
 
 @needs("mnist")
+@pytest.mark.skipif(not FULL, reason="minutes; in make test-all")
 def test_random_images_reach_the_level_of_the_paper():
     "MCS paper, Table 1: Rand with 50 images per class, ResNet-18, 20 epochs: 95.15 +- .14. One seed, 500 test images: five points either way."
     S, test = Random().compress(load("mnist"), ipc=50, seed=0), sample(load("mnist", "test"), 500)

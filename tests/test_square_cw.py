@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from conftest import fit, needs
 from rdd_lib.core import BadArgument, describe, digest, generator, with_settings
-from rdd_lib.data import load
+from rdd_lib.data import CIFAR10, ImageSet, load
 from rdd_lib.models import build
 from rdd_lib.robust.attacks import PGD, attack_until_broken, eval_mode, margin
 from rdd_lib.robust.borrowed import from_torchattacks
@@ -74,7 +74,7 @@ def test_square_same_points_with_all_of_autoattacks_queries(nets, digits):
     assert found.step.max() > 500
 
 
-def colour(x, y): return fit(build("convnet", type("Like", (), dict(shape=(3, 32, 32), n_classes=10, name="cifar10"))(), width=8), x, y, 2)
+def colour(x, y): return fit(build("convnet", ImageSet(x, y, CIFAR10, "cifar10"), width=8), x, y, 2)
 
 
 def test_square_same_points_in_colour():
