@@ -21,6 +21,7 @@ from ..models import STATS, Net
 from ..distill.gradient import GradientMatching
 from .protocol import READINGS, compressed, dataset, set_and_test
 from .report import beside, to_text
+from .store import cell
 from ..robust.attacks import APGD, PGD, Attack
 from ..robust.autoattack import autoattack
 from ..robust.evaluation import evaluate
@@ -88,6 +89,7 @@ def unpacked(text: str,    # what `packed` gave
     return np.unpackbits(bits, count=n).astype(bool)
 
 # %% ../../nbs/reproduce/57_condensed.ipynb #ded03d42
+@cell("rdd_lib.reproduce.condensed.robustness")
 def robustness(data: str,                   # name of the data set
                method: Compressor | None,   # None: the whole training set
                ipc: int | None,             # images per class; None with no method
@@ -131,6 +133,7 @@ def survivors(results: list[dict],   # of `robustness`, one a student
     return np.stack([unpacked(r[f"{name}_bits"], r["n_test"]) for r in results])
 
 # %% ../../nbs/reproduce/57_condensed.ipynb #bd95263f
+@cell("rdd_lib.reproduce.condensed.made")
 def made(data: str, method: Compressor, ipc: int, set_seed: int = 0, device: str = "auto") -> dict:
     "What one compressed set is like; it is kept on disk."
     S = compressed(data, method, ipc, set_seed, device)
@@ -268,6 +271,7 @@ def feature_distances(model,
     return {k: torch.stack(v) for k, v in out.items()}
 
 # %% ../../nbs/reproduce/57_condensed.ipynb #03050f3d
+@cell("rdd_lib.reproduce.condensed.bound_terms")
 def bound_terms(data: str,
                 net: Net,
                 trainer: Trainer,           # its objective: Standard(), Curvature(...)

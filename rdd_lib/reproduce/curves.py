@@ -18,6 +18,7 @@ from ..data import sample
 from ..distill.distribution import DistributionMatching
 from ..models import Net
 from .protocol import Protocol, Row, compressed, dataset
+from .store import cell
 from ..robust.attacks import PGD
 from ..robust.autoattack import attack_of
 from ..robust.evaluation import evaluate
@@ -72,6 +73,7 @@ def as_weighted(trainer: Trainer,
     return replace(trainer, lr=trainer.lr * c, weight_decay=trainer.weight_decay / c, weighted=weighting != "equal")
 
 # %% ../../nbs/reproduce/56_curves.ipynb #8f3bbb05
+@cell("rdd_lib.reproduce.curves.three_scores")
 def three_scores(data: str,                  # name of the data set
                  method,                     # a `Compressor`; None: the whole training set
                  ipc: int | None,            # images per class; None with no method

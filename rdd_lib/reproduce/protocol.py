@@ -25,6 +25,7 @@ from ..distill.gradient import GradientMatching
 from ..distill.synthetic import Distiller
 from ..distill.trajectory import TrajectoryMatching, published
 from ..models import STATS, Net
+from .store import cell
 from ..robust.attacks import PGD
 from ..robust.autoattack import ATTACKS, attack_of
 from ..robust.evaluation import rob_score, std_score
@@ -85,6 +86,7 @@ def set_and_test(data: str, method: Compressor | None, ipc: int | None, set_seed
     return compressed(data, method, ipc, set_seed, device), sample(test, n_test) if n_test else test
 
 # %% ../../nbs/reproduce/54_protocol.ipynb #d098e3fa
+@cell("rdd_lib.reproduce.protocol.score")
 def score(data: str,                   # name of the data set
           method: Compressor | None,   # None: the whole training set
           ipc: int | None,             # images per class; None with no method
