@@ -18,12 +18,12 @@ from torch import nn
 from rdd_lib.core import keep_heap, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import PGD, attack_until_broken
-from rdd_lib.robust.autoattack import autoattack
-from rdd_lib.robust.evaluation import save_table
-from rdd_lib.robust.objectives import Adversarial
-from rdd_lib.robust.threats import Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import PGD, attack_until_broken
+from rdd_lib.attacks.autoattack import autoattack
+from rdd_lib.evaluation.outcome import save_table
+from rdd_lib.training.objectives import Adversarial
+from rdd_lib.attacks.threats import Linf
+from rdd_lib.training.trainer import Trainer
 
 STAGES = {"paper": ["apgd-ce", "apgd-dlr"], "standard": ["apgd-ce", "apgd-t", "fab-t", "square"]}
 

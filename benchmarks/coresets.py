@@ -34,7 +34,7 @@ from covering import machine, rss
 from rdd_lib.compressed import methods
 from rdd_lib.core import atomic, kept
 from rdd_lib.coresets import signals as signals_module
-from rdd_lib.coresets.basic import Coreset
+from rdd_lib.coresets.random import Coreset
 from rdd_lib.coresets.signals import Proxy, SignalCoreset, signals
 from rdd_lib.coresets.submodular import Submodular, cosines, facility_location
 from rdd_lib.data import data_root, load, shares

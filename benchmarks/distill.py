@@ -42,10 +42,10 @@ from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.synthetic import RealBatches, State
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.curvature import VARIANTS, Curvature
-from rdd_lib.robust.objectives import Adversarial, Standard
-from rdd_lib.robust.threats import Linf
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.training.curvature import VARIANTS, Curvature
+from rdd_lib.training.objectives import Adversarial, Standard
+from rdd_lib.attacks.threats import Linf
 
 PRELOAD = ["rdd_lib.distill.backprop", "rdd_lib.distill.trajectory", "rdd_lib.distill.gradient", "rdd_lib.distill.distribution", "pandas"]                    # imported once, before the processes part
 OPERATIONS["shift"] = lambda u, r: u.roll(2, -1)                                           # an augmentation without a draw: for the comparison of one iteration

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from rdd_lib.core import generator, subseed
 from rdd_lib.data import load
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.curvature import Curvature, cure
-from rdd_lib.robust.gradient import GradientPenalty
-from rdd_lib.robust.objectives import Adversarial, Standard, cost, slowdown
-from rdd_lib.robust.threats import Linf
-from rdd_lib.robust.training import OBJECTIVES, Trainer, objective_of
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.training.curvature import Curvature, cure
+from rdd_lib.training.input_gradient import GradientPenalty
+from rdd_lib.training.objectives import Adversarial, Standard, cost, slowdown
+from rdd_lib.attacks.threats import Linf
+from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
 
 EPS, STEP, BATCH, LR = .1, .025, 50, .01
 NETS = {"convnet, width 8": Net("convnet", dict(width=8)), "lenet": Net("lenet")}

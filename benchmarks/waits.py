@@ -30,17 +30,17 @@ from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import APGD, APGDT, MIFGSM, PGD, attack_until_broken
-from rdd_lib.robust.carlini_wagner import CW
-from rdd_lib.robust.certified import certify
-from rdd_lib.robust.curvature import Curvature
-from rdd_lib.robust.evaluation import evaluate, save_table
-from rdd_lib.robust.fab import FAB
-from rdd_lib.robust.objectives import Adversarial, Standard
-from rdd_lib.robust.smoothing import Noisy, Smoothed
-from rdd_lib.robust.square import Square
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import OBJECTIVES, Trainer, objective_of
+from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken
+from rdd_lib.attacks.carlini_wagner import CW
+from rdd_lib.certify.certificate import certify
+from rdd_lib.training.curvature import Curvature
+from rdd_lib.evaluation.outcome import evaluate, save_table
+from rdd_lib.attacks.fab import FAB
+from rdd_lib.training.objectives import Adversarial, Standard
+from rdd_lib.certify.smoothing import Noisy, Smoothed
+from rdd_lib.attacks.square import Square
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
 
 GPU, NET = "cuda", Net("convnet", dict(width=2, depth=1))
 

@@ -13,8 +13,8 @@ from torch import nn
 from rdd_lib.core import generator, seeded
 from rdd_lib.data import data_root, load
 from rdd_lib.models import build
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.threats import Linf
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.threats import Linf
 
 FULL = os.environ.get("RDD_TESTS") == "full"                            # `make test-all`
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def own_store(tmp_path, monkeypatch):
 @pytest.fixture
 def rdd(tmp_path, monkeypatch, capsys):
     "`rdd('show', 'x')` does what the shell does with these words in an empty folder, in this process; its exit code and what it told."
-    from rdd_lib.reproduce import cli
+    from rdd_lib import cli
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)       # what `main` changes is put back
@@ -76,7 +76,8 @@ def page(tmp_path):
     from execnb.shell import CaptureShell
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    from rdd_lib.reproduce import cli, runner
+    from rdd_lib import cli
+    from rdd_lib.reproduce import runner
 
     def run(name, *settings):
         item, = runner._choose(name)

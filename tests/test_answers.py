@@ -5,18 +5,18 @@ import torch
 from torch import nn
 from rdd_lib.core import BadArgument, generator
 from rdd_lib.data import ImageSet
-from rdd_lib.robust.attacks import APGD, MIFGSM, PGD, attack_until_broken
-from rdd_lib.robust.autoattack import autoattack
-from rdd_lib.robust.carlini_wagner import CW
-from rdd_lib.robust.certified import certify, sandwich
-from rdd_lib.robust.diagnostics import Effort, diagnose, eps_sweep
-from rdd_lib.robust.evaluation import evaluate
-from rdd_lib.robust.fab import FAB, boundary_distance
-from rdd_lib.robust.landscape import curvature_of, loss_surface
-from rdd_lib.robust.smoothing import Smoothed, sandwich_smoothed
-from rdd_lib.robust.square import Square
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import predict
+from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD, attack_until_broken
+from rdd_lib.attacks.autoattack import autoattack
+from rdd_lib.attacks.carlini_wagner import CW
+from rdd_lib.certify.certificate import certify, sandwich
+from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
+from rdd_lib.evaluation.outcome import evaluate
+from rdd_lib.attacks.fab import FAB, boundary_distance
+from rdd_lib.evaluation.landscape import curvature_of, loss_surface
+from rdd_lib.certify.smoothing import Smoothed, sandwich_smoothed
+from rdd_lib.attacks.square import Square
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import predict
 
 X, Y = torch.rand(12, 1, 4, 4, generator=generator(0)), torch.arange(12) % 10
 DATA = ImageSet(X, Y, [*"0123456789"], "noise", "test")

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from rdd_lib.core import BadArgument, UnknownName, describe, digest, generator
 from rdd_lib.data import load
-from rdd_lib.robust.attacks import APGD, LOSSES, PGD, attack_until_broken, cross_entropy, dlr, eval_mode
-from rdd_lib.robust.borrowed import from_torchattacks
-from rdd_lib.robust.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
-from rdd_lib.robust.threats import L2, Linf, matched_l2, threat_of
+from rdd_lib.attacks.pgd import APGD, LOSSES, PGD, attack_until_broken, cross_entropy, dlr, eval_mode
+from rdd_lib.attacks.borrowed import from_torchattacks
+from rdd_lib.attacks.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
+from rdd_lib.attacks.threats import L2, Linf, matched_l2, threat_of
 
 THREATS = [Linf(.1), L2(1.355)]
 CLIMBERS = {"pgd": lambda t: PGD(t, 5), "pgd from x": lambda t: PGD(t, 5, random_start=False), "pgd-dlr, 2 restarts": lambda t: PGD(t, 5, loss="dlr", restarts=2),

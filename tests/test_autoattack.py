@@ -9,12 +9,12 @@ from torch import nn
 from rdd_lib.core import BadArgument, BrokenFile, generator, seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import APGD, APGDT, MIFGSM, PGD, attack_until_broken, targeted_dlr
-from rdd_lib.robust.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
-from rdd_lib.robust.evaluation import evaluate, wilson
-from rdd_lib.robust.objectives import Adversarial
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken, targeted_dlr
+from rdd_lib.attacks.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
+from rdd_lib.evaluation.outcome import evaluate, wilson
+from rdd_lib.training.objectives import Adversarial
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import Trainer
 
 
 def coloured(digits):

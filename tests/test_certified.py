@@ -8,13 +8,13 @@ from torch import nn
 from rdd_lib.core import BadArgument, RddError, UnknownName, describe, generator, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, Normalized, build
-from rdd_lib.robust.attacks import APGD, PGD, eval_mode
-from rdd_lib.robust.autoattack import autoattack
-from rdd_lib.robust.certified import (LAYERS, METHODS, CertifiedTraining, Level, MaxPool, Relu, Sandwich, Standardise, _levels, certify, gamma, logit_bounds, margin_bounds, propagate, region, sandwich,
+from rdd_lib.attacks.pgd import APGD, PGD, eval_mode
+from rdd_lib.attacks.autoattack import autoattack
+from rdd_lib.certify.certificate import (LAYERS, METHODS, CertifiedTraining, Level, MaxPool, Relu, Sandwich, Standardise, _levels, certify, gamma, logit_bounds, margin_bounds, propagate, region, sandwich,
                                       steps_of)
-from rdd_lib.robust.objectives import Standard
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.training.objectives import Standard
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import Trainer
 
 
 def shaken(net, seed, scale=1.):

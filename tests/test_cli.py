@@ -110,7 +110,7 @@ def test_no_gpu_though_asked(rdd, tmp_path):
 INTERRUPTED = """
 import os, signal, sys
 from rdd_lib.distill import synthetic
-from rdd_lib.reproduce.cli import main
+from rdd_lib.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell starts background jobs with Ctrl-C ignored
 start, look = synthetic._Keeper.__init__, synthetic.Story.look
 def eager(self, *args):

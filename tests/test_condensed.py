@@ -6,19 +6,19 @@ import pytest
 import torch
 from rdd_lib.compressed import find_method
 from rdd_lib.core import BadArgument, UnknownName, generator
-from rdd_lib.coresets.basic import Random
+from rdd_lib.coresets.random import Random
 from rdd_lib.models import Net
-from rdd_lib.reproduce.condensed import (CONDENSED_PLANS, CONDENSERS, Condensed, bound_of, condensed_cells, hardened, made, more_attacks, packed, robustness, scoreboard, sets_of,
+from rdd_lib.reproduce.guard import (CONDENSED_PLANS, CONDENSERS, Condensed, bound_of, condensed_cells, hardened, made, more_attacks, packed, robustness, scoreboard, sets_of,
                                          student_trainer, survivors, terms_at, attacked_at, three_attacks, unpacked)
 from rdd_lib.reproduce.grid import run_grid
-from rdd_lib.reproduce.protocol import dataset
-from rdd_lib.reproduce.report import published
+from rdd_lib.reproduce.cells import dataset
+from rdd_lib.reproduce.tables import published
 from rdd_lib.data import sample
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.evaluation import evaluate
-from rdd_lib.robust.statistics import compare
-from rdd_lib.robust.threats import Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.evaluation.outcome import evaluate
+from rdd_lib.evaluation.comparison import compare
+from rdd_lib.attacks.threats import Linf
+from rdd_lib.training.trainer import Trainer
 
 SMALL = Condensed(Net("mlp", dict(width=16)), Trainer(steps=20, lr=.1), three_attacks("mnist5k"), n_test=60)
 CELL = dict(data="mnist5k", method=Random(), ipc=5, seed=0, protocol=SMALL, device="cpu")

@@ -16,17 +16,17 @@ from hypothesis import example, assume, given, settings, strategies as st
 from rdd_lib.compressed import load_compressed, methods, save
 from rdd_lib.core import BadArgument, generator, kept
 from rdd_lib.coresets import signals as signals_module
-from rdd_lib.coresets.basic import Coreset
-from rdd_lib.coresets.gradients import Glister, GradMatch, nonnegative_omp
+from rdd_lib.coresets.random import Coreset
+from rdd_lib.coresets.gradmatch import Glister, GradMatch, nonnegative_omp
 from rdd_lib.coresets.herding import herd
 from rdd_lib.coresets.scores import CCS, SCORES, Ranked
 from rdd_lib.coresets.signals import Gradients, Proxy, SignalCoreset, Signals, read, signals
 from rdd_lib.coresets.submodular import Similarities, cosines, facility_location, graph_cut, nearness
 from rdd_lib.data import ImageSet, load, sample, shares
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import Trainer
 
 NAMES = [name for name, m in methods().items() if issubclass(m.make, Coreset)]
 SIGNAL = [name for name in NAMES if issubclass(methods()[name].make, SignalCoreset)]
@@ -512,7 +512,7 @@ def test_factors_against_autograd(net, attack, mnist5k):
 @pytest.fixture(scope="module")
 def rdd():
     from typer.testing import CliRunner
-    from rdd_lib.reproduce.cli import app
+    from rdd_lib.cli import app
     return lambda *words: CliRunner().invoke(app, [str(w) for w in words], env={"TQDM_DISABLE": "1"}, catch_exceptions=False)
 
 

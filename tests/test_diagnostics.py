@@ -8,13 +8,13 @@ from torch import nn
 from rdd_lib.core import BadArgument, UnknownName, generator, seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import APGD, PGD, cross_entropy
-from rdd_lib.robust.diagnostics import CHECKS, Effort, Limits, diagnose, draw_sweep, eps_sweep, needed
-from rdd_lib.robust.evaluation import evaluate, wilson
-from rdd_lib.robust.landscape import curvature_of, draw_surface, loss_surface
-from rdd_lib.robust.objectives import Adversarial, Standard
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import Trainer, predict
+from rdd_lib.attacks.pgd import APGD, PGD, cross_entropy
+from rdd_lib.evaluation.diagnostics import CHECKS, Effort, Limits, diagnose, draw_sweep, eps_sweep, needed
+from rdd_lib.evaluation.outcome import evaluate, wilson
+from rdd_lib.evaluation.landscape import curvature_of, draw_surface, loss_surface
+from rdd_lib.training.objectives import Adversarial, Standard
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import Trainer, predict
 
 THREATS = [Linf(.1), L2(1.355)]
 MLP = Net("mlp", dict(width=64))

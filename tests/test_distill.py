@@ -11,8 +11,8 @@ from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.gradient import GradientMatching, distance
 from rdd_lib.distill.synthetic import RealBatches, State, first_images
 from rdd_lib.models import Net
-from rdd_lib.robust.objectives import Standard
-from rdd_lib.robust.training import Trainer
+from rdd_lib.training.objectives import Standard
+from rdd_lib.training.trainer import Trainer
 
 NARROW = Net("convnet", dict(width=6))
 SMALL = dict(batch_real=20, net=NARROW)

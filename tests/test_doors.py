@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 from rdd_lib.compressed import Compressed, budget, load_compressed, save
 from rdd_lib.core import (BadArgument, BrokenFile, MissingData, Unwritable, atomic, kept, plain, recalled,
                           require_readable)
-from rdd_lib.coresets.basic import Random
+from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import MinimalCoreset, verify_coreset
 from rdd_lib.coresets.relaxed import RelaxedCoreset
 from rdd_lib.data import ImageSet, check_classes, data_root, load
 from rdd_lib.models import Net, build
 from rdd_lib.published import export, load_published, load_weights, published_stats
-from rdd_lib.robust.evaluation import evaluate, rob_score, std_score
-from rdd_lib.robust.threats import Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
+from rdd_lib.attacks.threats import Linf
+from rdd_lib.training.trainer import Trainer
 
 IDS = ("n01440764", "n02102040", "n02979186")
 NAMES = ("tench", "English springer", "cassette player")
@@ -214,7 +214,7 @@ def test_a_set_is_judged_on_its_own_classes_only():
 
 def test_rdd_score_refuses_other_classes(place, tmp_path, nette):
     from typer.testing import CliRunner
-    from rdd_lib.reproduce.cli import app
+    from rdd_lib.cli import app
     train = load("imagenette", size=8)
     path = save(Compressed(train.x, train.y, ("x", "y", "z"), "imagenette"), tmp_path / "s.safetensors")
     ran = CliRunner().invoke(app, ["score", str(path), "--net", "mlp", "--n-test", "0"])
@@ -454,9 +454,9 @@ def writers():
     from rdd_lib.coresets.signals import Signals, _keep
     from rdd_lib.data import _write_npz
     from rdd_lib.distill.synthetic import save_checkpoint
-    from rdd_lib.reproduce import report
+    from rdd_lib.reproduce import tables as report
     from rdd_lib.reproduce.store import CellKey, CellStore
-    from rdd_lib.robust.evaluation import save_table
+    from rdd_lib.evaluation.outcome import save_table
     g = torch.Generator().manual_seed(0)
     S = Compressed(torch.randint(256, (20, 3, 32, 32), generator=g).byte(), torch.arange(20) % 10, "0123456789", "mine")
     rows = pd.DataFrame({"a": torch.rand(5000, generator=g).numpy()})
@@ -525,7 +525,7 @@ def test_what_may_not_be_read_stays_where_it_is(small):
 
 @pytest.mark.parametrize("damage", ["cut", "no permission"])
 def test_a_protocol_never_deletes_a_kept_set(monkeypatch, damage, ten):
-    from rdd_lib.reproduce import protocol
+    from rdd_lib.reproduce import cells as protocol
     monkeypatch.setattr(protocol, "dataset", lambda name, split: ten)
     made = protocol.compressed("mnist5k", Random(), 1, 0, "cpu")
     path, = kept("compressed").iterdir()

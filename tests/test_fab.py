@@ -6,9 +6,9 @@ import torch
 from scipy.optimize import linprog, minimize
 from rdd_lib.core import BadArgument, UnknownName, describe, generator
 from rdd_lib.data import load
-from rdd_lib.robust.attacks import APGD, attack_until_broken, eval_mode
-from rdd_lib.robust.fab import FAB, boundary_distance, to_plane, water_level
-from rdd_lib.robust.threats import L2, Linf
+from rdd_lib.attacks.pgd import APGD, attack_until_broken, eval_mode
+from rdd_lib.attacks.fab import FAB, boundary_distance, to_plane, water_level
+from rdd_lib.attacks.threats import L2, Linf
 
 BOTH = [Linf, L2]
 

@@ -2,13 +2,13 @@
 import pytest
 import torch
 from conftest import FULL, needs
-from rdd_lib.coresets.basic import Random
+from rdd_lib.coresets.random import Random
 from rdd_lib.covering.distances import distances
 from rdd_lib.covering.k_center import k_mcs
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
-from rdd_lib.robust.evaluation import std_score
-from rdd_lib.robust.training import Trainer
+from rdd_lib.evaluation.outcome import std_score
+from rdd_lib.training.trainer import Trainer
 
 
 @needs("cifar10")

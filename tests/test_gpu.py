@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rdd_lib import core
 from rdd_lib.compressed import find_method, load_compressed, methods, save
 from rdd_lib.core import BadArgument, NoDevice, batch_of, device_of, generator, seeded
-from rdd_lib.coresets.basic import Random
+from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import verify_coreset
 from rdd_lib.coresets.signals import Proxy, signals
 from rdd_lib.covering.certificate import verify_certificate
@@ -24,27 +24,27 @@ from rdd_lib.covering.relaxed import relaxed_hausdorff, relaxed_mcs
 from rdd_lib.covering.set_cover import eta_mcs
 from rdd_lib.data import ImageSet, load, sample, show_images
 from rdd_lib.distill.experts import Experts
-from rdd_lib.distill.unrolled import flatten, functional, unroll
+from rdd_lib.training.unrolled import flatten, functional, unroll
 from rdd_lib.models import Net, build, statistics
 from rdd_lib.reproduce import grid
-from rdd_lib.reproduce.cli import app
-from rdd_lib.reproduce.condensed import Condensed, bound_terms, robustness, three_attacks
-from rdd_lib.reproduce.curves import TwoNorms, three_scores
-from rdd_lib.reproduce.protocol import Protocol, score
+from rdd_lib.cli import app
+from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness, three_attacks
+from rdd_lib.reproduce.mcs import TwoNorms, three_scores
+from rdd_lib.reproduce.cells import Protocol, score
 from rdd_lib.reproduce.store import CellKey, device_used
-from rdd_lib.robust.attacks import APGD, PGD, attack_until_broken
-from rdd_lib.robust.autoattack import ATTACKS, attack_of
-from rdd_lib.robust.carlini_wagner import CW
-from rdd_lib.robust.certified import METHODS, certify, logit_bounds, margin_bounds, sandwich
-from rdd_lib.robust.curvature import Curvature
-from rdd_lib.robust.diagnostics import Effort, diagnose, eps_sweep
-from rdd_lib.robust.evaluation import evaluate, rob_score, std_score
-from rdd_lib.robust.fab import boundary_distance
-from rdd_lib.robust.landscape import curvature_of, loss_surface
-from rdd_lib.robust.objectives import cost, slowdown
-from rdd_lib.robust.smoothing import Noisy, Smoothed, sandwich_smoothed
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import OBJECTIVES, Trainer, objective_of
+from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
+from rdd_lib.attacks.autoattack import ATTACKS, attack_of
+from rdd_lib.attacks.carlini_wagner import CW
+from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_bounds, sandwich
+from rdd_lib.training.curvature import Curvature
+from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
+from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
+from rdd_lib.attacks.fab import boundary_distance
+from rdd_lib.evaluation.landscape import curvature_of, loss_surface
+from rdd_lib.training.objectives import cost, slowdown
+from rdd_lib.certify.smoothing import Noisy, Smoothed, sandwich_smoothed
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
 
 NET = Net("convnet", dict(width=4, depth=2))
 PROXY = Proxy(NET, Trainer(epochs=2, lr=.05, batch=16))
@@ -111,8 +111,8 @@ def model(train, weights):
 def digits(monkeypatch, train, test):
     "What the papers' cells and the shell load: the few images above."
     sets = {"train": train, "test": test}
-    for place in ("rdd_lib.data.load", "rdd_lib.reproduce.protocol.dataset", "rdd_lib.reproduce.curves.dataset",
-                  "rdd_lib.reproduce.condensed.dataset"):
+    for place in ("rdd_lib.data.load", "rdd_lib.reproduce.cells.dataset", "rdd_lib.reproduce.mcs.dataset",
+                  "rdd_lib.reproduce.guard.dataset"):
         monkeypatch.setattr(place, lambda name, split="train": sets[split])
 
 def moved(data, device): return replace(data, x=data.x.to(device), y=data.y.to(device))

@@ -9,8 +9,8 @@ from rdd_lib.data import load, sample
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.synthetic import RealBatches
 from rdd_lib.models import Net
-from rdd_lib.robust.curvature import Curvature, VARIANTS
-from rdd_lib.robust.objectives import Standard
+from rdd_lib.training.curvature import Curvature, VARIANTS
+from rdd_lib.training.objectives import Standard
 
 
 @pytest.fixture(scope="module")

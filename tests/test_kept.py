@@ -7,21 +7,22 @@ import torch
 from typer.testing import CliRunner
 from rdd_lib.compressed import load_compressed, save
 from rdd_lib.core import Unwritable
-from rdd_lib.coresets.basic import Random
+from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.signals import Proxy, signals
 from rdd_lib.data import load, sample
 from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.experts import Experts
 from rdd_lib.models import Net
-from rdd_lib.reproduce import cli, protocol
+from rdd_lib import cli
+from rdd_lib.reproduce import cells as protocol
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.store import CellStore
-from rdd_lib.robust import evaluation
-from rdd_lib.robust.attacks import PGD, attack_until_broken
-from rdd_lib.robust.evaluation import evaluate
-from rdd_lib.robust.smoothing import Smoothed
-from rdd_lib.robust.threats import Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.evaluation import outcome as evaluation
+from rdd_lib.attacks.pgd import PGD, attack_until_broken
+from rdd_lib.evaluation.outcome import evaluate
+from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.attacks.threats import Linf
+from rdd_lib.training.trainer import Trainer
 
 SMALL = Net("convnet", dict(width=4))
 DM = DistributionMatching(iterations=3, batch_real=4, net=SMALL)
@@ -148,7 +149,7 @@ def test_an_evaluation_needs_no_cache(digits, no_cache):
 def test_an_evaluation_survives_a_cache_that_fills_up(digits, monkeypatch):
     model, tries = SMALL(digits), []
     def fills(path): tries.append(path); raise Unwritable("cannot write it: No space left on device")
-    monkeypatch.setattr("rdd_lib.robust.attacks.atomic", fills)
+    monkeypatch.setattr("rdd_lib.attacks.pgd.atomic", fills)
     with pytest.warns(RuntimeWarning, match="No space left on device; set RDD_STORE"):
         evaluate(model, digits, PGD(Linf(.2)), device="cpu", checkpoint=True, every=0)
     assert len(tries) == 1

@@ -8,15 +8,15 @@ from torch import nn
 from rdd_lib.core import BadArgument, UnknownName, digest, generator, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import PGD, eval_mode
-from rdd_lib.robust.curvature import Curvature, cure, unit
-from rdd_lib.robust.fast import Free, fast
-from rdd_lib.robust.gradient import GradientPenalty
-from rdd_lib.robust.mart import Mart, boosted
-from rdd_lib.robust.objectives import Adversarial, Standard, cost, depends_on_mode, generalized, hard, searching, session_of
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.trades import Trades, divergence
-from rdd_lib.robust.training import OBJECTIVES, Trainer, batches, objective_of
+from rdd_lib.attacks.pgd import PGD, eval_mode
+from rdd_lib.training.curvature import Curvature, cure, unit
+from rdd_lib.training.fast import Free, fast
+from rdd_lib.training.input_gradient import GradientPenalty
+from rdd_lib.training.mart import Mart, boosted
+from rdd_lib.training.objectives import Adversarial, Standard, cost, depends_on_mode, generalized, hard, searching, session_of
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trades import Trades, divergence
+from rdd_lib.training.trainer import OBJECTIVES, Trainer, batches, objective_of
 
 THREATS = [Linf(.1), L2(.5)]
 PENALTIES = {"curvature": Curvature(2., .7), "sign": cure(2., .7), "gradient l2": GradientPenalty(.5), "gradient l1": GradientPenalty(.05, 1),

@@ -9,12 +9,12 @@ from torch import nn
 from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, build
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.certified import Sandwich
-from rdd_lib.robust.objectives import Standard
-from rdd_lib.robust.smoothing import Noisy, Smoothed, SoftVote, clopper_pearson, sandwich_smoothed
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.certify.certificate import Sandwich
+from rdd_lib.training.objectives import Standard
+from rdd_lib.certify.smoothing import Noisy, Smoothed, SoftVote, clopper_pearson, sandwich_smoothed
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import Trainer
 
 
 def line(normal, offset):

@@ -9,12 +9,12 @@ from conftest import fit, needs
 from rdd_lib.core import BadArgument, describe, digest, generator, with_settings
 from rdd_lib.data import CIFAR10, ImageSet, load
 from rdd_lib.models import build
-from rdd_lib.robust.attacks import PGD, attack_until_broken, eval_mode, margin
-from rdd_lib.robust.borrowed import from_torchattacks
-from rdd_lib.robust.carlini_wagner import CW, to_pixels, to_tanh
-from rdd_lib.robust.evaluation import wilson
-from rdd_lib.robust.square import Square, pattern, sides
-from rdd_lib.robust.threats import L2, Linf
+from rdd_lib.attacks.pgd import PGD, attack_until_broken, eval_mode, margin
+from rdd_lib.attacks.borrowed import from_torchattacks
+from rdd_lib.attacks.carlini_wagner import CW, to_pixels, to_tanh
+from rdd_lib.evaluation.outcome import wilson
+from rdd_lib.attacks.square import Square, pattern, sides
+from rdd_lib.attacks.threats import L2, Linf
 
 inf = torch.inf
 ATTACKS = {"square linf": lambda eps=.1: Square(Linf(eps), 40), "square l2": lambda eps=1.355: Square(L2(eps), 40),

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binom, binomtest
 from rdd_lib.core import BadArgument, UnknownName
-from rdd_lib.reproduce.report import summary
-from rdd_lib.robust.evaluation import Outcome, Score, wilson
-from rdd_lib.robust.statistics import (Pairs, _drawn, beard, compare, difference, hits, holm, images_needed, mcnemar, paired_power, pairs, resampled,
+from rdd_lib.reproduce.tables import summary
+from rdd_lib.evaluation.outcome import Outcome, Score, wilson
+from rdd_lib.evaluation.comparison import (Pairs, _drawn, beard, compare, difference, hits, holm, images_needed, mcnemar, paired_power, pairs, resampled,
                                        wilson_columns)
 
 

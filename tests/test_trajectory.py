@@ -9,13 +9,13 @@ from rdd_lib.data import DATASETS, load, sample
 from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.trajectory import TrajectoryMatching, rounds
 from rdd_lib.models import Net
-from rdd_lib.robust.attacks import PGD
-from rdd_lib.robust.curvature import Curvature
-from rdd_lib.robust.fast import Free, fast
-from rdd_lib.robust.mart import Mart
-from rdd_lib.robust.objectives import Adversarial, Standard
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.trades import Trades
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.training.curvature import Curvature
+from rdd_lib.training.fast import Free, fast
+from rdd_lib.training.mart import Mart
+from rdd_lib.training.objectives import Adversarial, Standard
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trades import Trades
 
 NET = Net("convnet", dict(width=4, depth=2))
 EXPERTS = Experts(n=2, lr=.05, batch=50)

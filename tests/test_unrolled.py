@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from rdd_lib.core import BadArgument, UnknownName, generator, seeded
-from rdd_lib.distill.unrolled import UNROLLED, flatten, functional, unroll
+from rdd_lib.training.unrolled import UNROLLED, flatten, functional, unroll
 from rdd_lib.models import ConvNet, MLP
 
 EXACT = ("recompute", "graph")

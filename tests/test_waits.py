@@ -9,13 +9,13 @@ from torch import nn
 from rdd_lib.augmentation import DSA
 from rdd_lib.core import BadArgument, RddError, check, check_values, generator, numbers, one_look, sent
 from rdd_lib.models import build, onto
-from rdd_lib.robust.attacks import APGD, PGD, attack_until_broken, check_logits
-from rdd_lib.robust.carlini_wagner import CW
-from rdd_lib.robust.fab import FAB
-from rdd_lib.robust.smoothing import Smoothed
-from rdd_lib.robust.square import Square
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken, check_logits
+from rdd_lib.attacks.carlini_wagner import CW
+from rdd_lib.attacks.fab import FAB
+from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.attacks.square import Square
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trainer import Trainer
 
 _path = Path(__file__).parents[1] / "benchmarks" / "waits.py"
 _spec = importlib.util.spec_from_file_location("benchmark_of_waits", _path)
