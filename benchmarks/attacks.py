@@ -20,7 +20,7 @@ from rdd_lib.data import load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD, attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
-from rdd_lib.evaluation.outcome import save_table
+from rdd_lib.files import save_table
 from rdd_lib.training.objectives import Adversarial
 from rdd_lib.attacks.threats import Linf
 from rdd_lib.training.trainer import Trainer

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from covering import machine, rss
 from rdd_lib.compressed import methods
-from rdd_lib.core import atomic, kept
+from rdd_lib.files import atomic, kept
 from rdd_lib.coresets import signals as signals_module
 from rdd_lib.coresets.random import Coreset
 from rdd_lib.coresets.signals import Proxy, SignalCoreset, signals

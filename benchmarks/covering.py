@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from rdd_lib.core import BadArgument, atomic
+from rdd_lib.core import BadArgument
+from rdd_lib.files import atomic
 from rdd_lib.data import data_root, load
 
 SIZES = (500, 2000, 5000, 20_000, 60_000)

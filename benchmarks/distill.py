@@ -34,7 +34,7 @@ from torch.func import functional_call
 from covering import machine
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
 from rdd_lib.compressed import Compressed, load_compressed, save
-from rdd_lib.core import MissingData, drawn, generator, keep_heap, subseed
+from rdd_lib.core import MissingData, drawn, generator_of, keep_heap, subseed
 from rdd_lib.data import ImageSet, load, pixels, sample
 from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
@@ -82,11 +82,11 @@ class Bench:
     def __init__(self, job):
         self.job, self.data = job, load_compressed(job.images)
         self.classes, self.net = self.data.n_classes, Same(settings=dict(width=job.width)) if job.same else Net(settings=dict(width=job.width))
-        self.scale, self.g = Scale(self.data, job.device), generator(0, "benchmark")
+        self.scale, self.g = Scale(self.data, job.device), generator_of(0, "benchmark")
         if job.same: self.scale.mean, self.scale.std = self.scale.mean.double(), self.scale.std.double()
         self.augment = "" if job.method in ("dc", "dd") else "shift" if job.same else DSA
         self.y = torch.arange(self.classes, device=job.device).repeat_interleave(job.ipc)
-        self.u = torch.randn(len(self.y), *self.data.shape, generator=generator(0, "images")).to(self.scale.mean)
+        self.u = torch.randn(len(self.y), *self.data.shape, generator=generator_of(0, "images")).to(self.scale.mean)
         self.scale.clamp_(self.u)
 
     def fresh(self):
@@ -96,7 +96,7 @@ class Bench:
     def path(self):
         "The weights of a network, and others not far from them, as an expert's are some epochs later."
         start = flat(self.net(self.data, 0).model)
-        return torch.stack([start, start + .01 * torch.randn(start.shape, generator=generator(0, "expert"))]).to(self.job.device)
+        return torch.stack([start, start + .01 * torch.randn(start.shape, generator=generator_of(0, "expert"))]).to(self.job.device)
 
     def operation(self, images=None): return Siamese(self.augment, self.data.name, self.g, images)
 
@@ -370,7 +370,7 @@ def real_images(name, job, folder):
     wanted = 10 * max(2 * job.batch_real, -(-job.batch_outer // 10))
     try: data = load("mnist5k") if name == "mnist" else load(name)
     except MissingData:
-        x = torch.randint(256, (wanted, 3, 32, 32), dtype=torch.uint8, generator=generator(0, name))
+        x = torch.randint(256, (wanted, 3, 32, 32), dtype=torch.uint8, generator=generator_of(0, name))
         data = ImageSet(x, torch.arange(wanted) % 10, tuple(map(str, range(10))), name)
     part = sample(data, min(wanted, len(data)))
     return str(save(Compressed(part.x, part.y, part.classes, part.name, part.split), Path(folder) / f"{name}.safetensors"))

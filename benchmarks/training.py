@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from rdd_lib.core import generator, subseed
+from rdd_lib.core import generator_of, subseed
 from rdd_lib.data import load
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD
@@ -31,7 +31,7 @@ def bare(net, data, steps, attack_steps=0, seed=0):
     "A training loop as in a tutorial."
     model = net(data, subseed(seed, "init")).train()
     opt = torch.optim.SGD(model.parameters(), LR, .9, weight_decay=5e-4)
-    x, y, order, draws, step = data.images(), data.y, generator(seed, "order"), generator(seed, "attack"), 0
+    x, y, order, draws, step = data.images(), data.y, generator_of(seed, "order"), generator_of(seed, "attack"), 0
     while step < steps:
         for i in torch.randperm(len(x), generator=order).split(BATCH):
             xb, yb = x[i], y[i]

@@ -23,7 +23,7 @@ from rdd_lib.coresets.signals import Proxy, read, signals
 from rdd_lib.covering.distances import space_of
 from rdd_lib.covering.set_cover import farthest_first
 from rdd_lib.data import ImageSet
-from rdd_lib.core import generator
+from rdd_lib.core import generator_of
 from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.experts import Experts
@@ -34,7 +34,8 @@ from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.certify.certificate import certify
 from rdd_lib.training.curvature import Curvature
-from rdd_lib.evaluation.outcome import evaluate, save_table
+from rdd_lib.evaluation.outcome import evaluate
+from rdd_lib.files import save_table
 from rdd_lib.attacks.fab import FAB
 from rdd_lib.training.objectives import Adversarial, Standard
 from rdd_lib.certify.smoothing import Noisy, Smoothed
@@ -48,7 +49,7 @@ GPU, NET = "cuda", Net("convnet", dict(width=2, depth=1))
 @cache
 def data():
     "Three classes of noise, 8 x 8."
-    g = generator(0)
+    g = generator_of(0)
     return ImageSet((torch.rand(36, 1, 8, 8, generator=g) * 255).byte(), torch.arange(36) % 3, "abc", "noise")
 
 @cache
@@ -83,7 +84,7 @@ JUDGES = ATTACKS | {"apgd-t": lambda n: APGDT(TINY, steps=n, targets=1), "fab": 
                     "fab, l2": lambda n: FAB(SHORT, n, 1)}
 
 def judging(make): return lambda n: attack_until_broken(make(n), *judged())
-def climbing(make): return lambda n: make(n)(*judged(), generator(0, device=GPU))
+def climbing(make): return lambda n: make(n)(*judged(), generator_of(0, device=GPU))
 
 def distilled(method, **settings):
     return lambda n: method(net=NET, batch_real=8, **{"iterations": n} | settings).compress(data(), ipc=2, device=GPU)
@@ -118,7 +119,7 @@ DISTILLERS = {
     "dd, step of the walk": later(lambda n: distilled(BackpropThroughTraining, epochs=n, iterations=1)),
     "tm, iteration": led(augment="crop"), "tm, student step": led("student_steps", augment="crop")}
 
-def voted(n): Smoothed(judged()[0], .1, 10).counts(judged()[1][0], 10 * n, generator(0))
+def voted(n): Smoothed(judged()[0], .1, 10).counts(judged()[1][0], 10 * n, generator_of(0))
 
 def certified(n):
     model, x, y = judged()

@@ -95,7 +95,7 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
              set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the method, instead of its paper's: name=value", show_default=False)):
     "Compress a data set into one file, as the method's paper does for this data set and budget."
     from rdd_lib.compressed import find_method, save
-    from rdd_lib.core import require_writable
+    from rdd_lib.files import require_writable
     from rdd_lib.data import DATASETS, load
     from rdd_lib.distill.synthetic import Distiller
     short = {name: value for name, value in (("budget", budget), ("time_limit", time_limit), ("gap", gap)) if value is not None}
@@ -130,7 +130,7 @@ def _number(k, ipc, total, budget):
 def _show_film(pictures, made, path):
     "A row for each moment, the first image of each of up to twenty classes in it."
     import torch
-    from rdd_lib.core import atomic
+    from rdd_lib.files import atomic
     from rdd_lib.data import show_images
     first = torch.stack([rows[0] for rows in made.per_class[:20]])
     figure = show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first))
@@ -162,7 +162,7 @@ def show(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or 
          verify: bool = typer.Option(False, "--verify", help="check radius and certificate against the data it was made from"),
          device: str = typer.Option("auto", help="where --verify computes: auto, cpu, cuda, cuda:N")):
     "What a compressed set is, where it came from, what it looks like."
-    from rdd_lib.core import atomic
+    from rdd_lib.files import atomic
     from rdd_lib.data import load
     made = _read(path, data, stats, which)
     typer.echo(made.summary())
@@ -227,12 +227,14 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
           device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N"),
           set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the training: name=value (epochs, steps, lr, batch, objective.beta, ...)", show_default=False)):
     "Train students on a compressed set, attack them on the test set of its source, and say how they fared."
-    from rdd_lib.core import progress, require_writable
+    from rdd_lib.core import progress
+    from rdd_lib.files import require_writable
     from rdd_lib.data import check_classes, load, sample
     from rdd_lib.models import Net
     from rdd_lib.attacks.autoattack import attack_of
     from rdd_lib.certify.certificate import steps_of
-    from rdd_lib.evaluation.outcome import WRITERS, evaluate, save_table
+    from rdd_lib.evaluation.outcome import evaluate
+    from rdd_lib.files import WRITERS, save_table
     from rdd_lib.attacks.threats import threat_of
     S = _read(path, data, stats, which)
     ball = threat_of(threat) if threat else _default_threat(S.name)

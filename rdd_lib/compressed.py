@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 import rdd_lib
-from .core import (BrokenFile, atomic, check, check_whole, describe, device_of, lookup, plain, require_readable,
-                          with_settings)
+from .core import BrokenFile, check, check_whole, describe, device_of, lookup, plain, with_settings
+from .files import atomic, require_readable
 from .data import ImageSet, shares, show_images
 
 # %% ../nbs/06_compressed.ipynb #fef72433

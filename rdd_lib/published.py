@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .compressed import Compressed
-from .core import (BadArgument, BrokenFile, MissingData, Unwritable, atomic, check, lookup, progress,
-                          require_readable, writing)
+from .core import BadArgument, BrokenFile, MissingData, Unwritable, check, lookup, progress
+from .files import atomic, require_readable, writing
 from .data import (ARRAY_CLASSES, ARRAY_SHAPES, DATASETS, DIGITS, IMAGENETTE, ImageSet, channel_axis, class_folders,
                           decoded, pictures_in)
 from .models import STATS, Normalized, statistics

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import pretend_gpu
 from hypothesis import settings
 from torch import nn
-from rdd_lib.core import generator, seeded
+from rdd_lib.core import generator_of, seeded
 from rdd_lib.data import data_root, load
 from rdd_lib.models import build
 from rdd_lib.attacks.pgd import PGD
@@ -108,7 +108,7 @@ def needs(name):
 
 
 def fit(model, x, y, epochs, attack=None):
-    g, opt = generator(0, "order"), torch.optim.Adam(model.parameters(), lr=2e-3)
+    g, opt = generator_of(0, "order"), torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(epochs):
         for i in torch.randperm(len(x), generator=g).split(100):
             xb = x[i] if attack is None else attack(model, x[i], y[i], g)
@@ -131,5 +131,5 @@ def awkward():
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.Flatten(),
                             nn.Linear(4 * 6 * 6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).train()
     net[1].eval(); net[7].bias.requires_grad_(False)
-    g = generator(0)
+    g = generator_of(0)
     return net, torch.rand(24, 1, 8, 8, generator=g), torch.randint(3, (24,), generator=g)

@@ -3,7 +3,7 @@ logits, a single one."""
 import pytest
 import torch
 from torch import nn
-from rdd_lib.core import BadArgument, generator
+from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.data import ImageSet
 from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD, attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
@@ -18,7 +18,7 @@ from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import predict
 
-X, Y = torch.rand(12, 1, 4, 4, generator=generator(0)), torch.arange(12) % 10
+X, Y = torch.rand(12, 1, 4, 4, generator=generator_of(0)), torch.arange(12) % 10
 DATA = ImageSet(X, Y, [*"0123456789"], "noise", "test")
 
 
@@ -26,7 +26,7 @@ class Answers(nn.Sequential):
     "A linear network whose logits are changed before they are handed out."
     def __init__(self, change=lambda z: z, classes=10):
         super().__init__(nn.Flatten(), nn.Linear(16, classes))
-        with torch.no_grad(): self[1].weight.copy_(torch.randn(classes, 16, generator=generator(1)))
+        with torch.no_grad(): self[1].weight.copy_(torch.randn(classes, 16, generator=generator_of(1)))
         self.change = change
 
     def forward(self, x): return self.change(super().forward(x))

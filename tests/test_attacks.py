@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rdd_lib.core import BadArgument, UnknownName, describe, digest, generator
+from rdd_lib.core import BadArgument, UnknownName, describe, digest, generator_of
 from rdd_lib.data import load
 from rdd_lib.attacks.pgd import APGD, LOSSES, PGD, attack_until_broken, cross_entropy, dlr, eval_mode
 from rdd_lib.attacks.borrowed import from_torchattacks
@@ -152,7 +152,7 @@ def test_each_stage_sees_only_survivors_and_starts_from_the_same_seed(nets, digi
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("threat", [Linf(.4), L2(.6)], ids=str)
 def test_few_classes(classes, threat):
-    g = generator(0)
+    g = generator_of(0)
     x = torch.rand(60, 2, generator=g)
     w = torch.tensor([[1., 0], [0, 1], [-1, -1]])[:classes]
     net = lambda x: (x - .5) @ w.T
@@ -165,7 +165,7 @@ def test_few_classes(classes, threat):
 
 
 def test_losses():
-    z, y = torch.randn(200, 10, generator=generator(0)), torch.arange(200) % 10
+    z, y = torch.randn(200, 10, generator=generator_of(0)), torch.arange(200) % 10
     for scale in (1, 30, 300):
         zs = (scale * z).requires_grad_()
         exact = (scale * z).double().requires_grad_()

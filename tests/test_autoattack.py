@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, BrokenFile, generator, seeded
+from rdd_lib.core import BadArgument, BrokenFile, generator_of, seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken, targeted_dlr
 from rdd_lib.attacks.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
-from rdd_lib.evaluation.outcome import evaluate, wilson
+from rdd_lib.evaluation.outcome import evaluate
+from rdd_lib.intervals import wilson
 from rdd_lib.training.objectives import Adversarial
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import Trainer
@@ -19,7 +20,7 @@ from rdd_lib.training.trainer import Trainer
 
 def coloured(digits):
     "The digits as 3x32x32 images, each in a colour of its own on a dark ground: CIFAR's shape without CIFAR."
-    tint = torch.rand(len(digits), 3, 1, 1, generator=generator(0)) * .6 + .4
+    tint = torch.rand(len(digits), 3, 1, 1, generator=generator_of(0)) * .6 + .4
     x = F.pad(digits.images(), (2, 2, 2, 2)) * tint
     return ImageSet((x * 255).round().to(torch.uint8), digits.y, digits.classes, "coloured digits", digits.split)
 
@@ -99,7 +100,7 @@ def test_the_standard_sequence_is_as_strong_as_the_authors(trained, images):
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
 def test_targeted_dlr_with_few_classes(classes):
-    g = generator(0)
+    g = generator_of(0)
     z, y, t = torch.randn(40, classes, generator=g), torch.randint(classes, (40,), generator=g), torch.randint(classes, (40,), generator=g)
     loss = targeted_dlr(z, y, t)
     assert loss.isfinite().all() and torch.equal(loss > 0, z.gather(1, t[:, None])[:, 0] > z.gather(1, y[:, None])[:, 0])
@@ -109,7 +110,7 @@ def test_targeted_dlr_with_few_classes(classes):
 @pytest.mark.parametrize("name", [*ATTACKS])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_every_attack_works_with_few_classes(name, classes):
-    g = generator(0)
+    g = generator_of(0)
     x = torch.rand(40, 1, 4, 4, generator=g)
     w = torch.randn(16, classes, generator=g)
     net = lambda x: (x.flatten(1) - .5) @ w

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from rdd_lib.core import BadArgument, RddError, UnknownName, describe, generator, seeded
+from rdd_lib.core import BadArgument, RddError, UnknownName, describe, generator_of, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, Normalized, build
 from rdd_lib.attacks.pgd import APGD, PGD, eval_mode
@@ -19,7 +19,7 @@ from rdd_lib.training.trainer import Trainer
 
 def shaken(net, seed, scale=1.):
     "Random weights, batch statistics and norm weights, so that no layer is the one it was initialised to."
-    g = generator(seed, "shake")
+    g = generator_of(seed, "shake")
     with torch.no_grad():
         for m in net.modules():
             for name, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
@@ -80,7 +80,7 @@ def assert_holds(net, x, y, threat, method, g):
 @given(seed=st.integers(0, 10 ** 6), eps=st.sampled_from([1e-7, 1e-5, 1e-3, .03, .3]), euclid=st.booleans(), scale=st.sampled_from([.3, 1., 3.]), edge=st.booleans())
 def test_bounds_hold(name, method, seed, eps, euclid, scale, edge):
     with seeded(0): net = shaken(NETS[name](), seed, scale)
-    g = generator(seed, "x")
+    g = generator_of(seed, "x")
     x = torch.rand(3, 1, 8, 8, generator=g)
     if edge: x = (2 * x - .5).clamp(0, 1)                               # half of the pixels at 0 or 1
     if edge: x[0] = x[0].round()
@@ -111,7 +111,7 @@ ALL = ["standard", "ibp", "crown-ibp", "none", "batch", "instance", "group", "le
 @pytest.mark.parametrize("name", ALL)
 def test_bounds_hold_on_the_library_s_networks(name, threat, trained, digits):
     few = digits[1].subset(range(6))
-    assert_holds(trained[name], few.images(), few.y, threat, "crown-ibp", generator(0))
+    assert_holds(trained[name], few.images(), few.y, threat, "crown-ibp", generator_of(0))
 
 
 @pytest.mark.parametrize("threat", [Linf(.004), Linf(.02), Linf(.05), L2(.2), L2(1.)], ids=str)
@@ -143,7 +143,7 @@ def test_radius_zero_is_the_clean_accuracy(name, threat, trained, digits):
 def test_exact_on_linear_networks(method, threat):
     with seeded(1): net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(32, 3))
     net = shaken(net, 1).eval()
-    x, y = torch.rand(5, 1, 8, 8, generator=generator(0)) * .2 + .4, torch.tensor([0, 1, 2, 0, 1])
+    x, y = torch.rand(5, 1, 8, 8, generator=generator_of(0)) * .2 + .4, torch.tensor([0, 1, 2, 0, 1])
     deep = net.double()
     J = torch.stack([torch.stack([torch.autograd.functional.jacobian(lambda v: deep(v[None])[0], xi.double()) for xi in x])]).flatten(3)[0]   # (5, 3, 64)
     z, gap = deep(x.double()), J.gather(1, y[:, None, None].expand(-1, 1, 64)) - J
@@ -197,7 +197,7 @@ def test_roundings_are_counted():
 @given(seed=st.integers(0, 10 ** 6), groups=st.sampled_from([1, 2, 4]), r=st.floats(1e-4, 3), spread=st.sampled_from([0., .01, 1.]), twos=st.booleans())
 def test_standard_deviations_stay_in_their_interval(seed, groups, r, spread, twos):
     "Where the values of a group are two, at equal counts, the interval is reached at both ends."
-    g = generator(seed)
+    g = generator_of(seed)
     x = spread * torch.randn(2, 4, 2, 3, generator=g, dtype=torch.float64)
     if twos: x = spread * torch.tensor([1., -1.], dtype=torch.float64).repeat(24).view(2, 4, 2, 3)
     step = Standardise(groups, 1e-5)
@@ -214,7 +214,7 @@ def test_standard_deviations_stay_in_their_interval(seed, groups, r, spread, two
 @given(seed=st.integers(0, 10 ** 6), r=st.sampled_from([1e-9, .01, .3, 2.]), kind=st.sampled_from(["relu", "max pool", "overlapping", "group norm"]))
 def test_lines_lie_below(seed, r, kind):
     "A f(x) >= A' x + c on the whole box; group norm with its scale at either end, whatever the image says of it."
-    g = generator(seed)
+    g = generator_of(seed)
     x, width = torch.randn(2, 4, 4, 6, generator=g, dtype=torch.float64), r * torch.rand(2, 4, 4, 6, generator=g, dtype=torch.float64)
     lo, hi = x - width, x + width
     step = {"relu": Relu(), "max pool": MaxPool((2, 2), (2, 2)), "overlapping": MaxPool((2, 3), (1, 2)), "group norm": Standardise(2, 1e-5)}[kind]
@@ -239,7 +239,7 @@ def test_lines_lie_below(seed, r, kind):
 @given(seed=st.integers(0, 10 ** 6), threat=st.sampled_from([Linf(.01), Linf(.05), L2(.1), L2(.5)]))
 def test_the_bounds_of_hidden_neurons_hold(name, method, seed, threat):
     with seeded(0): net = shaken(NETS[name](), seed)
-    g = generator(seed, "x")
+    g = generator_of(seed, "x")
     x = torch.rand(3, 1, 8, 8, generator=g)
     levels, *_ = _levels(net, x, threat, method)
     relus = [level for level in levels if isinstance(level.step, Relu)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from rdd_lib.compressed import find_method
-from rdd_lib.core import BadArgument, UnknownName, generator
+from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.coresets.random import Random
 from rdd_lib.models import Net
 from rdd_lib.reproduce.guard import (CONDENSED_PLANS, CONDENSERS, Condensed, bound_of, condensed_cells, hardened, made, more_attacks, packed, robustness, scoreboard, sets_of,
@@ -57,7 +57,7 @@ def test_numbers_of_table_2(method, dataset, ipc, score, mean, sd):
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 1000])
 def test_bits_come_back(n):
-    hits = torch.rand(n, generator=generator(n)) < .3
+    hits = torch.rand(n, generator=generator_of(n)) < .3
     assert (unpacked(packed(hits), n) == hits.numpy()).all()
     with pytest.raises(BadArgument, match="must hold"): unpacked(packed(hits), n + 8)
 
@@ -143,7 +143,7 @@ class Bowl(torch.nn.Module):
         return torch.stack([-v, v], 1)
 
 def test_the_bound_holds_where_the_loss_is_convex_and_the_ball_small():
-    x = torch.rand(20, 1, 2, 2, generator=generator(0)) * .6 + .2
+    x = torch.rand(20, 1, 2, 2, generator=generator_of(0)) * .6 + .2
     y = torch.zeros(20, dtype=torch.long)
     t = terms_at(Bowl(), x, y)
     for rho in (.001, .01):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, assume, given, settings, strategies as st
 from rdd_lib.compressed import load_compressed, methods, save
-from rdd_lib.core import BadArgument, generator, kept
+from rdd_lib.core import BadArgument, generator_of
+from rdd_lib.files import kept
 from rdd_lib.coresets import signals as signals_module
 from rdd_lib.coresets.random import Coreset
 from rdd_lib.coresets.gradmatch import Glister, GradMatch, nonnegative_omp
@@ -58,7 +59,7 @@ def mnist5k(): return load("mnist5k")
 def lopsided(mnist5k):
     "226 digits: 60 zeros ... 6 nines, in any order."
     rows = torch.cat([own[:n] for own, n in zip(mnist5k.per_class, SIZES)])
-    return mnist5k.subset(rows[torch.randperm(len(rows), generator=generator(0))])
+    return mnist5k.subset(rows[torch.randperm(len(rows), generator=generator_of(0))])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def alike(n, classes=10, per=20, sure=False):
 
 def drawn(seed, n=9, classes=3, features=4, dtype=torch.float64):
     "Signals of normal draws."
-    g = generator(seed, "drawn")
+    g = generator_of(seed, "drawn")
     y = torch.randint(classes, (n,), generator=g)
     return Signals(torch.randn(n, features, generator=g, dtype=dtype), 2 * torch.randn(n, classes, generator=g, dtype=dtype), y)
 
@@ -159,7 +160,7 @@ def test_the_order_of_the_data_does_not_matter(name, balance, lopsided, seen, to
     told(seen)
     first = run(name, lopsided, total=60, balance=balance)
     for seed in range(3):
-        p = torch.randperm(len(lopsided), generator=generator(seed, "rows"))
+        p = torch.randperm(len(lopsided), generator=generator_of(seed, "rows"))
         told(seen.take(p))
         other = run(name, lopsided.subset(p), total=60, balance=balance, seed=seed)
         if name == "random": assert len(other) == 60
@@ -309,7 +310,7 @@ def kept_and_not(n, rows_of, floor=0.): return Similarities(n, rows_of, floor=fl
 @given(seeds, st.integers(1, 12), st.integers(1, 4), st.sampled_from((1, 3, 50)), st.data())
 def test_facility_location_takes_the_first_of_the_best(seed, n, batch, largest, data):
     "Whole numbers: every sum is exact, and ties are common."
-    s = torch.randint(largest + 1, (n, n), generator=generator(seed)).numpy()
+    s = torch.randint(largest + 1, (n, n), generator=generator_of(seed)).numpy()
     s, k = np.maximum(s, s.T), data.draw(st.integers(1, n), "k")
     t = torch.from_numpy(s).float()
     for similar in kept_and_not(n, lambda j: t[j]):
@@ -354,7 +355,7 @@ for k, name in zip((50, 30), sys.argv[1:]):
 def test_facility_location_against_apricot(mnist5k, tmp_path):
     "The same objective to 1e-5, and the same picks up to the first tie; rows kept or computed."
     features = signals(sample(mnist5k, 400), FAST, device="cpu", keep=False).gradients
-    chance = Gradients(*(torch.randn(300, d, generator=generator(d)) for d in (5, 8)))
+    chance = Gradients(*(torch.randn(300, d, generator=generator_of(d)) for d in (5, 8)))
     full = [1 + cosines(gradients)[torch.arange(len(gradients))].double().numpy() for gradients in (features, chance)]
     full = [(s + s.T) / 2 for s in full]
     for name, s in zip("ab", full): np.save(tmp_path / f"{name}.npy", s)
@@ -434,7 +435,7 @@ def residual(rows, taken, w, target): return (target - w @ rows[taken]).norm().i
 def test_omp_against_scikit_learn(seed, k):
     "On problems whose coefficients are positive in every step, the sign makes no difference."
     from sklearn.linear_model import orthogonal_mp
-    g = generator(seed, "omp")
+    g = generator_of(seed, "omp")
     rows = F.normalize(torch.eye(40, 60, dtype=torch.float64) + .08 * torch.randn(40, 60, generator=g, dtype=torch.float64), dim=1)
     target = (1 + torch.rand(8, generator=g, dtype=torch.float64)) @ rows[:8] + .01 * torch.randn(60, generator=g, dtype=torch.float64)
     path = orthogonal_mp(rows.T.numpy(), target.numpy(), n_nonzero_coefs=k, return_path=True).reshape(40, -1)
@@ -491,7 +492,7 @@ def test_factors_against_autograd(net, attack, mnist5k):
     data = sample(mnist5k, 10)
     model = net(data, 0)
     s = Signals(*read(model, data, attack, seed=4), data.y)
-    x = data.images() if attack is None else attack(model, data.images(), data.y, generator(4, "attack"))
+    x = data.images() if attack is None else attack(model, data.images(), data.y, generator_of(4, "attack"))
     layer = model.model.classifier
     loss = F.cross_entropy(model(x), data.y, reduction="none")
     g = torch.stack([torch.cat([p.flatten(1) if p.dim() == 2 else p[:, None] for p in torch.autograd.grad(one, (layer.weight, layer.bias), retain_graph=True)], 1) for one in loss])

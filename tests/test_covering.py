@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from conftest import many
-from rdd_lib.core import BadArgument, UnknownName, generator
+from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K, set_cover as S
 
 NORMS = (1, 2, inf)
@@ -14,7 +14,7 @@ NORMS = (1, 2, inf)
 
 def points(seed, n=None, kind=None):
     "A few points: floats, floats on a grid (ties, equal points), bytes on a grid, or all equal."
-    g = generator(seed, "points")
+    g = generator_of(seed, "points")
     n, d, kind = n or 4 + seed % 5, 1 + seed % 3, seed % 4 if kind is None else kind
     if kind == 0: return torch.rand(n, d, generator=g)
     grid = torch.randint(0, 4, (n, d), generator=g)
@@ -49,7 +49,7 @@ def test_bytes_are_exact(n, m, d, seed, norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("offset", (0, 50, 1e4))
 def test_floats_are_close(norm, offset):
-    x = torch.rand(40, 300, generator=generator(0), dtype=torch.float64) + offset
+    x = torch.rand(40, 300, generator=generator_of(0), dtype=torch.float64) + offset
     x[1] = x[0]
     x[2] = x[0]; x[2, 0] += 1e-5
     d, direct = D.distances(x, x, norm), torch.linalg.vector_norm(x[:, None] - x, norm, dim=2)
@@ -60,7 +60,7 @@ def test_floats_are_close(norm, offset):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("block", (1, 100, 2**23))
 def test_nearest_does_not_depend_on_blocks(norm, block):
-    x = torch.randint(0, 256, (90, 12), generator=generator(1), dtype=torch.uint8)
+    x = torch.randint(0, 256, (90, 12), generator=generator_of(1), dtype=torch.uint8)
     d, i = D.nearest(x, x[:9], norm, block=block)
     full = D.distances(x, x[:9], norm)
     assert torch.equal(d, full.min(1).values) and torch.equal(full[torch.arange(90), i], d)
@@ -109,7 +109,7 @@ def test_ball_weights_are_definition_5():
 @pytest.mark.parametrize("time_limit", (0, .05, 60))
 def test_any_solver_and_any_limit_tell_the_truth(solver, time_limit):
     for seed in range(6):
-        x = torch.rand(70, 2, generator=generator(seed, "limit"), dtype=torch.float64)
+        x = torch.rand(70, 2, generator=generator_of(seed, "limit"), dtype=torch.float64)
         exact = S.eta_mcs(x, .12)
         c = S.eta_mcs(x, .12, solver=solver, time_limit=time_limit); c.check(x)
         assert exact.optimal and c.lower_bound <= len(exact) <= len(c) and c.optimal == (c.lower_bound == len(c))
@@ -131,7 +131,7 @@ def test_gurobi_refuses_once_and_highs_takes_over(caplog):
 def test_a_limit_is_not_infeasible(monkeypatch):
     "A solver that always runs out of time must not change any claim."
     monkeypatch.setitem(S.SOLVERS, "auto", lambda a, at_most, seconds: (None, 0))
-    x = torch.rand(60, 2, generator=generator(3), dtype=torch.float64)
+    x = torch.rand(60, 2, generator=generator_of(3), dtype=torch.float64)
     c, exact = K.k_mcs(x, 5), K.k_mcs(x, 5, solver="highs")
     assert c.lower_bound <= exact.radius <= c.radius
     c, exact = S.eta_mcs(x, .15), S.eta_mcs(x, .15, solver="highs")
@@ -140,7 +140,7 @@ def test_a_limit_is_not_infeasible(monkeypatch):
 
 def test_a_wrong_cover_from_a_solver_is_not_believed(monkeypatch):
     monkeypatch.setitem(S.SOLVERS, "auto", lambda a, at_most, seconds: (np.zeros(a.shape[1], bool), 0))
-    x = torch.rand(60, 2, generator=generator(3), dtype=torch.float64)
+    x = torch.rand(60, 2, generator=generator_of(3), dtype=torch.float64)
     K.k_mcs(x, 5).check(x)
     S.eta_mcs(x, .15).check(x)
 
@@ -172,7 +172,7 @@ def test_budgets(seed):
 
 @pytest.mark.parametrize("seed", many(40))
 def test_matrices_need_no_triangle_inequality(seed):
-    g = generator(seed, "matrix")
+    g = generator_of(seed, "matrix")
     d = torch.randint(1, 9, (7, 7), generator=g)
     d = torch.triu(d, 1); d = d + d.T
     if seed % 2: d = d.double() / 10
@@ -189,7 +189,7 @@ def test_matrices_need_no_triangle_inequality(seed):
 def test_many_points_look_at_few_balls(monkeypatch, labelled):
     "The way for large sets, on small ones: its covers are covers, its bounds are bounds."
     for seed in range(12):
-        x = torch.rand(60, 3, generator=generator(seed, "many"), dtype=torch.float64)
+        x = torch.rand(60, 3, generator=generator_of(seed, "many"), dtype=torch.float64)
         if seed % 2: x = (x * 255).to(torch.uint8)
         y = torch.arange(60) % 2 if labelled else None
         best = K.k_mcs(x, 6, labels=y, budget="total")
@@ -201,19 +201,19 @@ def test_many_points_look_at_few_balls(monkeypatch, labelled):
 
 
 def test_bytes_and_floats_give_the_same_radius():
-    x = torch.randint(0, 256, (80, 10), generator=generator(5), dtype=torch.uint8)
+    x = torch.randint(0, 256, (80, 10), generator=generator_of(5), dtype=torch.uint8)
     for norm in NORMS: assert close(K.k_mcs(x, 5, norm=norm).radius, K.k_mcs(x.double() / 255, 5, norm=norm).radius)
 
 
 def test_same_seed_same_cover_and_the_global_generator_is_left_alone():
-    x, state = torch.rand(200, 4, generator=generator(6)), torch.get_rng_state()
+    x, state = torch.rand(200, 4, generator=generator_of(6)), torch.get_rng_state()
     a, b = (K.k_mcs(x, 9, seed=3, solver="lp") for _ in range(2))
     assert torch.equal(a.indices, b.indices) and a.lower_bound == b.lower_bound
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_ctrl_c_keeps_the_best_so_far(monkeypatch):
-    x, prove = torch.rand(3000, 30, generator=generator(8), dtype=torch.float64), K._prove
+    x, prove = torch.rand(3000, 30, generator=generator_of(8), dtype=torch.float64), K._prove
 
     def proves(task, part):
         "Ctrl-C as soon as there is a first bound."
@@ -237,13 +237,13 @@ def test_an_error_in_a_class_is_not_swallowed(monkeypatch):
 
 
 def test_more_classes_than_cores():
-    x, y = torch.rand(240, 2, generator=generator(9), dtype=torch.float64), torch.arange(240) % 24
+    x, y = torch.rand(240, 2, generator=generator_of(9), dtype=torch.float64), torch.arange(240) % 24
     c = K.k_mcs(x, 2, labels=y); c.check(x, y)
     assert c.optimal and len(c) == 48 and all(p.optimal for p in c.per_class)
 
 
 def test_distances_between_features():
-    x = torch.randint(0, 256, (60, 1, 4, 4), generator=generator(10), dtype=torch.uint8)
+    x = torch.randint(0, 256, (60, 1, 4, 4), generator=generator_of(10), dtype=torch.uint8)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(.5), torch.nn.Linear(16, 3)).double()
     embed = torch.nn.Sequential(torch.nn.Identity(), net).train()
     features = net.eval()(x.double() / 255).detach()
@@ -264,7 +264,7 @@ def test_distances_between_features():
 @pytest.mark.parametrize("seed", range(8))
 def test_a_tampered_certificate_is_refused(seed):
     "More radius than any choice allows cannot be certified, whatever else is changed."
-    x = torch.rand(60, 3, generator=generator(seed, "tampered"), dtype=torch.float64)
+    x = torch.rand(60, 3, generator=generator_of(seed, "tampered"), dtype=torch.float64)
     if seed % 2: x = (x * 255).to(torch.uint8)
     y = torch.arange(60) % 2 if seed % 4 > 1 else None
     c = K.k_mcs(x, 4, labels=y, budget="total")
@@ -313,7 +313,7 @@ def test_eta_mcs_refuses(eta):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.floats(0, 2), st.integers(1, 5))
 def test_proposition_2(seed, norm, epsilon, k):
-    g = generator(seed, "prop")
+    g = generator_of(seed, "prop")
     x, y = torch.randn(24, 3, generator=g, dtype=torch.float64), torch.randint(0, 2, (24,), generator=g) * 2 - 1
     y[:5], y[5:10] = -1, 1
     w, b = torch.randn(3, generator=g, dtype=torch.float64) * 3, torch.randn((), generator=g, dtype=torch.float64)

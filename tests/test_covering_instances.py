@@ -8,26 +8,26 @@ import pytest
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import shortest_path
-from rdd_lib.core import generator
+from rdd_lib.core import generator_of
 from rdd_lib.covering.certificate import verify_certificate
 from rdd_lib.covering.k_center import k_mcs
 
 
 # --- the instances -------------------------------------------------------------------------------------------------------
 
-def planar(n, seed=0): return dict(points=torch.rand(n, 2, generator=generator(seed, "planar"), dtype=torch.float64))
+def planar(n, seed=0): return dict(points=torch.rand(n, 2, generator=generator_of(seed, "planar"), dtype=torch.float64))
 
 
 def clustered(n, clusters, seed=0):
     "Towns of different sizes."
-    g = generator(seed, "clustered")
+    g = generator_of(seed, "clustered")
     town = (clusters * torch.rand(n, generator=g) ** 2).long()
     return dict(points=torch.rand(clusters, 2, generator=g, dtype=torch.float64)[town] + .03 * torch.randn(n, 2, generator=g, dtype=torch.float64))
 
 
 def lattice(n, side, seed=0, dtype=torch.int64):
     "Whole coordinates below `side`: many equal distances and some equal points."
-    return dict(points=torch.randint(0, side, (n, 2), generator=generator(seed, "lattice")).to(dtype))
+    return dict(points=torch.randint(0, side, (n, 2), generator=generator_of(seed, "lattice")).to(dtype))
 
 
 def _all_pairs(i, j, length, n, method):
@@ -49,7 +49,7 @@ def roads(n, reach, seed=0, unit=1000):
 
 def pmed(n, seed=0):
     "As the OR-Library's p-median networks: n^2 / 50 edges between any two nodes, of costs 1 to 100; all shortest ways."
-    g, edges = generator(seed, "pmed"), n * n // 50
+    g, edges = generator_of(seed, "pmed"), n * n // 50
     i, j = torch.randint(0, n, (edges,), generator=g), torch.randint(1, n, (edges,), generator=g)
     j = (i + j) % n                                                             # never itself
     cost = torch.randint(1, 101, (edges,), generator=g)

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binom
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, generator, seeded
+from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import APGD, PGD, cross_entropy
 from rdd_lib.evaluation.diagnostics import CHECKS, Effort, Limits, diagnose, draw_sweep, eps_sweep, needed
-from rdd_lib.evaluation.outcome import evaluate, wilson
+from rdd_lib.evaluation.outcome import evaluate
+from rdd_lib.intervals import wilson
 from rdd_lib.evaluation.landscape import curvature_of, draw_surface, loss_surface
 from rdd_lib.training.objectives import Adversarial, Standard
 from rdd_lib.attacks.threats import L2, Linf
@@ -325,7 +326,7 @@ def toy(activation, seed):
 @pytest.mark.parametrize("activation", [nn.Softplus(), nn.Tanh(), nn.ReLU()], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("seed", range(3))
 def test_curvature_equals_the_hessian(activation, seed):
-    net, x, y = toy(activation, seed), torch.rand(8, 6, generator=generator(seed), dtype=torch.float64), torch.arange(8) % 3
+    net, x, y = toy(activation, seed), torch.rand(8, 6, generator=generator_of(seed), dtype=torch.float64), torch.arange(8) % 3
     H = torch.stack([torch.autograd.functional.hessian(lambda v: F.cross_entropy(net(v[None]), yi[None]), xi) for xi, yi in zip(x, y)])
     bend = curvature_of(net, x, y, steps=2000, tolerance=1e-7)
     assert torch.allclose(bend.value, torch.linalg.eigvalsh(H)[:, -1], rtol=1e-5, atol=1e-7)

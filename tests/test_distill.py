@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
 from rdd_lib.compressed import find_method, load_compressed, save
-from rdd_lib.core import BadArgument, drawn, generator, subseed
+from rdd_lib.core import BadArgument, drawn, generator_of, subseed
 from rdd_lib.data import load
 from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of
 from rdd_lib.distill.distribution import DistributionMatching
@@ -26,7 +26,7 @@ def plain_dc(method, data, seed, ipc):
     "One iteration of DC, written out: loop over classes, all at once, `backward`, torch's SGD on the images."
     scale = Scale(data)
     u, y = first_images(data, [ipc] * 10, method.init, scale, seed)
-    real, g = RealBatches(data, scale), generator(seed, "iteration", 0)
+    real, g = RealBatches(data, scale), generator_of(seed, "iteration", 0)
     net = method.net(data, subseed(drawn(g))).train()
     u.requires_grad_()
     opt, inner = torch.optim.SGD([u], method.lr, momentum=method.momentum), torch.optim.SGD(net.parameters(), method.lr_net)
@@ -63,7 +63,7 @@ def test_dm_is_the_published_loss(digits):
     method = DistributionMatching(iterations=1, lr=.5, augment="", **SMALL)
     scale = Scale(digits)
     u, y = first_images(digits, [2] * 10, "real", scale, 1)
-    g, real = generator(1, "iteration", 0), RealBatches(digits, scale)
+    g, real = generator_of(1, "iteration", 0), RealBatches(digits, scale)
     net = NARROW(digits, subseed(drawn(g))).model
     u.requires_grad_()
     loss = 0.
@@ -110,7 +110,7 @@ def test_a_network_that_looks_at_the_batch_gets_it_whole(digits, norm, parts):
     net = method.net(digits).train()
     net.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     x = digits.images()[:40]
-    method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x, 0, generator(0))
+    method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x, 0, generator_of(0))
     assert len(seen) == parts and sum(seen) == 40
 
 
@@ -119,7 +119,7 @@ def test_an_objective_of_the_whole_batch_gets_it_whole(digits):
         def __call__(self, model, x, y, w=None, generator=None): seen.append(len(x)); return Standard()(model, x, y)
     seen, method = [], GradientMatching(real_objective=Whole(), **SMALL)
     net = method.net(digits).train()
-    method._real_gradient(net, [*net.parameters()][:1], digits.images()[:20], 0, generator(0))
+    method._real_gradient(net, [*net.parameters()][:1], digits.images()[:20], 0, generator_of(0))
     assert seen == [20]
 
 
@@ -129,7 +129,7 @@ def test_parts_of_a_gradient_add_up(digits):
     for chunk in (50, 16):
         method = GradientMatching(chunk=chunk, **SMALL)
         net = method.net(digits).double().train()
-        gradients.append(method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x.double(), 3, generator(0)))
+        gradients.append(method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x.double(), 3, generator_of(0)))
     for a, b in zip(*gradients): assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
@@ -163,8 +163,8 @@ def test_a_saved_set_is_where_the_next_begins(digits, tmp_path):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_augmentation_of_one_image_is_that_of_the_batch(name):
     "Colour images, a draw for each: the same as image by image, and the gradient flows."
-    u = torch.randn(5, 3, 32, 32, generator=generator(0)).requires_grad_()
-    r = torch.rand(3, 5, generator=generator(1))
+    u = torch.randn(5, 3, 32, 32, generator=generator_of(0)).requires_grad_()
+    r = torch.rand(3, 5, generator=generator_of(1))
     whole = OPERATIONS[name](u, r)
     assert whole.shape == u.shape
     for i in range(5): assert torch.allclose(whole[i], OPERATIONS[name](u[i:i + 1], r[:, i:i + 1])[0], atol=1e-5)
@@ -185,7 +185,7 @@ def plain_dd(method, data, seed, ipc):
     opt, real = torch.optim.Adam([u, raw], method.lr, betas=(.5, .999)), RealBatches(data, scale)
     for it in range(method.iterations):
         for group in opt.param_groups: group["lr"] = method.lr * .5 ** (it // method.halve_every)
-        g = generator(seed, "iteration", it)
+        g = generator_of(seed, "iteration", it)
         x, labels = real.mixed(method.batch_real, g)
         net = method.net(data, subseed(drawn(g))).model
         names, weights = zip(*net.named_parameters())

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from rdd_lib.compressed import Compressed, budget, load_compressed, save
-from rdd_lib.core import (BadArgument, BrokenFile, MissingData, Unwritable, atomic, kept, plain, recalled,
-                          require_readable)
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, Unwritable, plain
+from rdd_lib.files import atomic, kept, recalled, require_readable
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import MinimalCoreset, verify_coreset
 from rdd_lib.coresets.relaxed import RelaxedCoreset
@@ -456,7 +456,7 @@ def writers():
     from rdd_lib.distill.synthetic import save_checkpoint
     from rdd_lib.reproduce import tables as report
     from rdd_lib.reproduce.store import CellKey, CellStore
-    from rdd_lib.evaluation.outcome import save_table
+    from rdd_lib.files import save_table
     g = torch.Generator().manual_seed(0)
     S = Compressed(torch.randint(256, (20, 3, 32, 32), generator=g).byte(), torch.arange(20) % 10, "0123456789", "mine")
     rows = pd.DataFrame({"a": torch.rand(5000, generator=g).numpy()})

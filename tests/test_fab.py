@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
-from rdd_lib.core import BadArgument, UnknownName, describe, generator
+from rdd_lib.core import BadArgument, UnknownName, describe, generator_of
 from rdd_lib.data import load
 from rdd_lib.attacks.pgd import APGD, attack_until_broken, eval_mode
 from rdd_lib.attacks.fab import FAB, boundary_distance, to_plane, water_level
@@ -20,7 +20,7 @@ def digits():
 
 
 def few_classes(classes):
-    g = generator(0)
+    g = generator_of(0)
     x, w = torch.rand(60, 2, generator=g), torch.tensor([[1., 0], [0, 1], [-1, -1]])[:classes]
     net = lambda x: (x - .5) @ w.T + .3 * torch.sin(8 * x) @ w.flip(1).T
     return net, x, net(x).argmax(1)
@@ -42,7 +42,7 @@ def solver(make, t, w, gap):
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_projection_is_the_shortest(make, n):
-    g = generator(n)
+    g = generator_of(n)
     draw = lambda: torch.rand(40, n, generator=g, dtype=torch.double)
     t, w, goal = draw(), draw() - .5, draw()
     t = torch.where(t < .25, 0., torch.where(t > .75, 1., t))                # pixels at the edge
@@ -59,7 +59,7 @@ def test_projection_is_the_shortest(make, n):
 @pytest.mark.parametrize("make", BOTH)
 def test_projection_as_the_authors(make):
     theirs = getattr(pytest.importorskip("pyautoattack.fab_projections"), f"projection_{make.__name__.lower()}")
-    g = generator(0)
+    g = generator_of(0)
     for n in (2, 784):
         t, w = torch.rand(200, n, generator=g), torch.randn(200, n, generator=g)
         t = torch.where(torch.rand(200, n, generator=g) < .5, t.round(), t)
@@ -77,7 +77,7 @@ def test_projection_at_its_limits(make):
 
 
 def test_water_level_solves_its_equation():
-    g = generator(0)
+    g = generator_of(0)
     h, r, share = (torch.rand(*s, generator=g, dtype=torch.double) for s in ((300, 50), (300, 50), (300,)))
     h, r = torch.where(h < .2, 0., h), torch.where(r < .3, 0., (r * 10).round() / 10)
     want = share * (h * r).sum(1)
@@ -200,7 +200,7 @@ def test_boundary_distance_is_the_radius_at_which_an_image_breaks(norm, nets, di
 
 
 def test_boundary_distance_where_there_is_no_boundary():
-    found = boundary_distance(lambda x: torch.stack([1 + 0 * x.sum(1), 0 * x.sum(1)], 1), torch.rand(5, 3, generator=generator(0)), torch.tensor([0, 0, 0, 0, 1]), steps=3)
+    found = boundary_distance(lambda x: torch.stack([1 + 0 * x.sum(1), 0 * x.sum(1)], 1), torch.rand(5, 3, generator=generator_of(0)), torch.tensor([0, 0, 0, 0, 1]), steps=3)
     assert found.distance.tolist() == [torch.inf] * 4 + [0.]
 
 
@@ -253,7 +253,7 @@ def test_same_walk_as_the_authors(name, threat, nets, digits):
     for turn in (0, 4):
         theirs.target_class = 2 + turn
         with torch.random.fork_rng(): there = threat.norm(theirs.attack_single_run(x, y, is_targeted=True) - x)
-        s, here = attack.begin(x, y, **attack.draw(x, y, logits, generator(0), turn)), torch.full((len(x),), torch.inf)
+        s, here = attack.begin(x, y, **attack.draw(x, y, logits, generator_of(0), turn)), torch.full((len(x),), torch.inf)
         for _ in range(41):
             at, z, losses = attack.look(net, s)
             here = here.minimum(torch.where(z.argmax(1) != y, threat.norm(at - x), torch.inf))

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 from rdd_lib import core
 from rdd_lib.compressed import find_method, load_compressed, methods, save
-from rdd_lib.core import BadArgument, NoDevice, batch_of, device_of, generator, seeded
+from rdd_lib.core import BadArgument, NoDevice, batch_of, device_of, generator_of, seeded
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import verify_coreset
 from rdd_lib.coresets.signals import Proxy, signals
@@ -180,7 +180,7 @@ def test_training_in_bfloat16_runs(gpu, train):
 
 def test_training_on_weights_and_soft_labels(gpu, train):
     made = Random().compress(train, ipc=4, device=gpu)
-    soft = torch.rand(12, 3, generator=generator(0)).softmax(1)
+    soft = torch.rand(12, 3, generator=generator_of(0)).softmax(1)
     for more in (dict(weights=torch.arange(1., 13.)), dict(soft_labels=soft)):
         S = replace(made, **more)
         check(lambda d, S=S: Trainer(steps=3, batch=5)(NET, S, device=d).cpu().state_dict(), gpu)
@@ -338,7 +338,7 @@ def test_coverings_between_features(gpu, train, model):
 def test_inequalities_of_a_cover(gpu, train):
     two = train.subset(torch.cat(train.per_class[:2]))
     cover = k_mcs(two.x, 4, labels=two.y, device=gpu)
-    w = torch.randn(64, generator=generator(0))
+    w = torch.randn(64, generator=generator_of(0))
     def robust(m, x, y, radius): return linear_robust(m, torch.zeros((), device=x.device), x, 2 * y - 1, radius)
     check(lambda d: corollary1(robust, w.to(d), two.images(d), two.y.to(d), cover, .1), gpu)
 

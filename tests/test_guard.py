@@ -4,7 +4,7 @@ import pytest
 import torch
 from rdd_lib.augmentation import Scale
 from rdd_lib.compressed import find_method, methods, save
-from rdd_lib.core import BadArgument, UnknownName, generator
+from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.data import load, sample
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.synthetic import RealBatches
@@ -64,7 +64,7 @@ class Counting:
 def test_batch_norm_sees_the_whole_batch_in_train_mode(digits, norm, sizes):
     objective = Counting()
     distiller = tiny(objective, norm, chunk=5)
-    net, g = distiller.net(digits, 0).train(), generator(0)
+    net, g = distiller.net(digits, 0).train(), generator_of(0)
     weights, scale = [p for p in net.parameters() if p.dim() > 1], Scale(digits)
     x = scale.raw(RealBatches(digits, scale)(3, 12, g))
     distiller._real_gradient(net, weights, x, 3, g)
@@ -75,9 +75,9 @@ def test_batch_norm_sees_the_whole_batch_in_train_mode(digits, norm, sizes):
 def test_real_gradient_is_the_objectives(digits):
     distiller, scale = tiny(Curvature(2., 1.5), chunk=5), Scale(digits)
     net = distiller.net(digits, 0).train()
-    weights, x = [p for p in net.parameters() if p.dim() > 1], scale.raw(RealBatches(digits, scale)(7, 12, generator(1)))
+    weights, x = [p for p in net.parameters() if p.dim() > 1], scale.raw(RealBatches(digits, scale)(7, 12, generator_of(1)))
     whole = torch.autograd.grad(Curvature(2., 1.5)(net, x, torch.full((12,), 7)), weights)
-    for a, b in zip(distiller._real_gradient(net, weights, x, 7, generator(0)), whole): assert torch.allclose(a, b, atol=1e-6, rtol=1e-3)
+    for a, b in zip(distiller._real_gradient(net, weights, x, 7, generator_of(0)), whole): assert torch.allclose(a, b, atol=1e-6, rtol=1e-3)
     assert all(p.grad is None for p in net.parameters())
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from rdd_lib.compressed import Compressed
-from rdd_lib.core import BadArgument, generator
+from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.coresets.signals import Proxy, signals
 from rdd_lib.covering.distances import embedded, space_of
 from rdd_lib.data import load, sample
@@ -171,7 +171,7 @@ def test_the_gradient_in_parts_is_that_of_the_whole(digits, loss):
             def __call__(self, model, x, *rest):
                 sizes.append(len(x))
                 return loss(model, x, *rest)
-        return sizes, replace(dc, real_objective=Counted())._real_gradient(model, weights, x, 3, generator(0))
+        return sizes, replace(dc, real_objective=Counted())._real_gradient(model, weights, x, 3, generator_of(0))
     (parts, split), (one, whole) = gradient(5), gradient(12)
     assert (parts, one) == ([5, 5, 2], [12])
     for a, b in zip(split, whole): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()) + 1e-9)

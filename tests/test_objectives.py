@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, digest, generator, seeded
+from rdd_lib.core import BadArgument, UnknownName, digest, generator_of, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD, eval_mode
@@ -37,7 +37,7 @@ def with_batch_norm():
 
 @pytest.fixture
 def batch():
-    g = generator(0)
+    g = generator_of(0)
     return torch.rand(10, 1, 6, 6, generator=g, dtype=torch.double) * .6 + .2, torch.randint(3, (10,), generator=g)
 
 
@@ -80,7 +80,7 @@ def test_curvature_gradient_against_finite_differences(batch):
     value = lambda: (F.cross_entropy(model(x), y) + lam * lengths(gradient_at(model, x + h * z, y) - gradient_at(model, x, y)).square().mean()).item()
     grad = slopes(Curvature(lam, h)(model, x, y), model)
     flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    for k in torch.randperm(len(flat), generator=generator(1))[:25]:
+    for k in torch.randperm(len(flat), generator=generator_of(1))[:25]:
         there = []
         for step in (1e-5, -1e-5):
             moved = flat.clone(); moved[k] += step
@@ -125,7 +125,7 @@ def test_trades_is_its_formula_and_its_climb_the_published_one(batch, threat):
     x, y = batch
     model = smooth()
     p = model(x).softmax(1).detach()
-    noise = torch.randn(x.shape, generator=generator(3), dtype=x.dtype)
+    noise = torch.randn(x.shape, generator=generator_of(3), dtype=x.dtype)
     at = (x + .001 * noise).clamp(0, 1)
     for _ in range(4):
         at = at.detach().requires_grad_()
@@ -136,14 +136,14 @@ def test_trades_is_its_formula_and_its_climb_the_published_one(batch, threat):
             at = (x + d * (threat.eps / lengths(d).clamp_min(threat.eps)).view(-1, 1, 1, 1)).clamp(0, 1)
     q, p = model(at.detach()).softmax(1), model(x).softmax(1)
     naive = F.cross_entropy(model(x), y) + 6 * (p * (p / q).log()).sum(1).mean()
-    ours = Trades(threat, steps=4)(model, x, y, None, generator(3))
+    ours = Trades(threat, steps=4)(model, x, y, None, generator_of(3))
     torch.testing.assert_close(ours, naive)
     torch.testing.assert_close(slopes(ours, model), slopes(naive, model))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
 def test_boosted_cross_entropy(classes):
-    logits, y = torch.randn(40, classes, generator=generator(0), dtype=torch.double), torch.arange(40) % classes
+    logits, y = torch.randn(40, classes, generator=generator_of(0), dtype=torch.double), torch.arange(40) % classes
     p = logits.softmax(1)
     rival = torch.stack([torch.cat([row[:k], row[k + 1:]]).max() for row, k in zip(p, y)])
     torch.testing.assert_close(boosted(logits, y), -p[torch.arange(40), y].log() - (1 - rival).log())
@@ -153,20 +153,20 @@ def test_boosted_cross_entropy(classes):
 def test_mart(batch):
     x, y = batch
     model, attack = smooth(), PGD(Linf(.1), 3)
-    at = attack(model, x, y, generator(5))
+    at = attack(model, x, y, generator_of(5))
     p, q = model(x).softmax(1), model(at).softmax(1)
     naive = (boosted(model(at), y) + 4 * (p * (p / q).log()).sum(1) * (1 - p[torch.arange(10), y])).mean()
-    ours = Mart(attack, 4.)(model, x, y, None, generator(5))
+    ours = Mart(attack, 4.)(model, x, y, None, generator_of(5))
     torch.testing.assert_close(ours, naive)
     torch.testing.assert_close(slopes(ours, model), slopes(naive, model))
 
 
 def test_fast_is_one_long_step_from_a_uniform_start(batch):
     x, y = batch
-    model, u = smooth(), torch.rand(x.shape, generator=generator(7), dtype=x.dtype)
+    model, u = smooth(), torch.rand(x.shape, generator=generator_of(7), dtype=x.dtype)
     start = (x + .1 * (2 * u - 1)).clamp(0, 1)
     at = torch.min(torch.max(start + .125 * gradient_at(model, start, y, False).sign(), x - .1), x + .1).clamp(0, 1)
-    torch.testing.assert_close(fast(Linf(.1))(model, x, y, None, generator(7)), F.cross_entropy(model(at), y))
+    torch.testing.assert_close(fast(Linf(.1))(model, x, y, None, generator_of(7)), F.cross_entropy(model(at), y))
 
 
 # ---------- free training
@@ -174,7 +174,7 @@ def test_fast_is_one_long_step_from_a_uniform_start(batch):
 @pytest.mark.parametrize("threat", THREATS)
 def test_free_against_a_loop_by_hand(threat):
     "Perturbations, losses and weights over two batches of different size, three replays each."
-    g = generator(0)
+    g = generator_of(0)
     x, y = torch.rand(9, 1, 6, 6, generator=g), torch.randint(3, (9,), generator=g)
     parts = [torch.arange(5), torch.arange(5, 9), torch.arange(5)]
     ours, theirs = smooth(torch.float), smooth(torch.float)
@@ -215,7 +215,7 @@ def test_two_trainings_of_one_free_do_not_share_a_perturbation():
 def test_the_trainer_replays_batches_and_counts_every_replay_as_a_step():
     data, seen = sample(load("mnist5k"), 60), []
     Trainer(Free(Linf(.1), 3), steps=7, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda i, logits: seen.append(tuple(i.tolist())))
-    plain = [tuple(i.tolist()) for i, _ in zip(batches(60, 20, generator(0, "order")), range(3))]
+    plain = [tuple(i.tolist()) for i, _ in zip(batches(60, 20, generator_of(0, "order")), range(3))]
     assert seen == [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]]
     seen.clear()
     Trainer(Free(Linf(.1), 3), epochs=3, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda i, logits: seen.append(tuple(i.tolist())))
@@ -246,8 +246,8 @@ def test_soft_labels(batch, name):
     if name == "mart":
         with pytest.raises(BadArgument, match="soft labels of shape"): objective(model, x, soft)
         return
-    torch.testing.assert_close(session_of(objective)(model, x, soft, None, generator(0)), session_of(objective)(model, x, y, None, generator(0)))
-    smeared = session_of(objective)(model, x, .7 * soft + .1, None, generator(0))
+    torch.testing.assert_close(session_of(objective)(model, x, soft, None, generator_of(0)), session_of(objective)(model, x, y, None, generator_of(0)))
+    smeared = session_of(objective)(model, x, .7 * soft + .1, None, generator_of(0))
     smeared.backward()
     assert torch.isfinite(smeared) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -258,25 +258,25 @@ def test_nobody_elses_state_is_touched(batch, name):
     x, y = (t.float() if t.is_floating_point() else t for t in batch)
     model = with_batch_norm(); model[1].eval(); model[3].p = 0.
     before, copies, flags = torch.get_rng_state(), x.clone(), [m.training for m in model.modules()]
-    loss = session_of(ALL[name])(model, x, y, None, generator(0)); loss.backward()
+    loss = session_of(ALL[name])(model, x, y, None, generator_of(0)); loss.backward()
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, copies) and not x.requires_grad and x.grad is None
     assert [m.training for m in model.modules()] == flags and model[1].num_batches_tracked == 0
     model[1].train()
-    session_of(ALL[name])(model, x, y, None, generator(0))
+    session_of(ALL[name])(model, x, y, None, generator_of(0))
     assert model[1].num_batches_tracked == (2 if name in ("trades", "mart") else 1)   # those two train on two batches a step: clean and moved
 
 
 @pytest.mark.parametrize("name", list(SEARCHING))
 def test_draws_come_from_the_generator(batch, name):
     x, y = batch
-    a, b, c = (SEARCHING[name](smooth(), x, y, None, generator(s)).item() for s in (0, 0, 1))
+    a, b, c = (SEARCHING[name](smooth(), x, y, None, generator_of(s)).item() for s in (0, 0, 1))
     assert a == b and a != c
 
 
 @pytest.mark.parametrize("name", list(PENALTIES) + list(AUTHORS))
 def test_penalties_are_finite_where_gradients_vanish(name):
     "Sure images: gradients that underflow, or are exactly 0."
-    x, y = torch.rand(4, 1, 6, 6, generator=generator(0)), torch.tensor([0, 0, 1, 1])
+    x, y = torch.rand(4, 1, 6, 6, generator=generator_of(0)), torch.tensor([0, 0, 1, 1])
     for scale in (0., 1., 30., 1e4):
         model = smooth(torch.float)
         with torch.no_grad(): model[-1].weight *= scale
@@ -286,7 +286,7 @@ def test_penalties_are_finite_where_gradients_vanish(name):
 
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_unit(dtype):
-    g = torch.randn(5, 2, 3, generator=generator(0), dtype=dtype) * torch.tensor([1., 1e-20, 1e-30, 1e20, 0.], dtype=dtype).view(-1, 1, 1)
+    g = torch.randn(5, 2, 3, generator=generator_of(0), dtype=dtype) * torch.tensor([1., 1e-20, 1e-30, 1e20, 0.], dtype=dtype).view(-1, 1, 1)
     u = unit(g)
     torch.testing.assert_close(lengths(u), torch.tensor([1., 1, 1, 1, 0], dtype=dtype))
     torch.testing.assert_close(u[:4] * g[:4].flatten(1).abs().amax(1).view(-1, 1, 1), g[:4] * (u[:4].flatten(1).abs().amax(1)).view(-1, 1, 1), rtol=1e-5, atol=0)
@@ -360,15 +360,15 @@ def test_hard():
 
 
 def test_divergence_is_kl():
-    p, q = (torch.randn(20, 5, generator=generator(s), dtype=torch.double) for s in (0, 1))
+    p, q = (torch.randn(20, 5, generator=generator_of(s), dtype=torch.double) for s in (0, 1))
     torch.testing.assert_close(divergence(p, q), (p.softmax(1) * (p.softmax(1) / q.softmax(1)).log()).sum(1))
 
 
 def test_the_adversarial_objective_is_still_the_attack_and_then_the_loss(batch):
     x, y = batch
     model = smooth()
-    with eval_mode(model): at = PGD(Linf(.1), 3)(model, x, y, generator(2))
-    assert torch.equal(SEARCHING["adversarial"](model, x, y, None, generator(2)), F.cross_entropy(model(at), y, reduction="none").mean())
+    with eval_mode(model): at = PGD(Linf(.1), 3)(model, x, y, generator_of(2))
+    assert torch.equal(SEARCHING["adversarial"](model, x, y, None, generator_of(2)), F.cross_entropy(model(at), y, reduction="none").mean())
 
 
 # ---------- names
@@ -377,7 +377,7 @@ def test_objectives_by_name(batch):
     x, y = batch
     for name in OBJECTIVES:
         o = objective_of(name, Linf(.1), **({"eta": .05} if name == "generalized" else {}))
-        assert torch.isfinite(session_of(o)(smooth(), x, y, None, generator(0))) and digest(o)
+        assert torch.isfinite(session_of(o)(smooth(), x, y, None, generator_of(0))) and digest(o)
     assert objective_of("adversarial", Linf(.1), steps="5").attack == PGD(Linf(.1), 5)
     assert objective_of("adversarial", Linf(.1), **{"attack.steps": 5, "search_mode": "train"}) == Adversarial(PGD(Linf(.1), 5), search_mode="train")
     assert objective_of("generalized", Linf(.1), eta=.05) == generalized(PGD(Linf(.1)), .05)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 from rdd_lib.compressed import Compressed, load_compressed, save
-from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator, seeded
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of, seeded
 from rdd_lib.data import CIFAR10, DATASETS, ImageSet
 from rdd_lib.models import STATS, Normalized, ResNet18, build
 from rdd_lib.published import PUBLISHED_STATS, export, load_published, load_weights, published_stats, read_torch, stats_of, whitening
@@ -19,7 +19,7 @@ MEAN, STD = torch.tensor([.4914, .4822, .4465]).view(3, 1, 1), torch.tensor([.20
 
 def photos(n=20, channels=3, size=32, seed=0):
     "Smooth images over the whole range of pixels, two of each class."
-    g = generator(seed, "photos")
+    g = generator_of(seed, "photos")
     x = nn.functional.interpolate(torch.rand(n, channels, 4, 4, generator=g), size, mode="bilinear")
     x = (x - x.amin((1, 2, 3), keepdim=True)) / (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     return x, torch.arange(n) % 10
@@ -99,7 +99,7 @@ def test_mtt_without_labels_or_with_several_sets(tmp_path, xy):
 
 def test_learned_soft_labels(tmp_path, xy):
     x, y = xy
-    logits = 3 * torch.randn(20, 10, generator=generator(1))
+    logits = 3 * torch.randn(20, 10, generator=generator_of(1))
     torch.save(z(x), tmp_path / "images_best.pt"); torch.save(logits, tmp_path / "labels_best.pt")
     S = load_compressed(tmp_path, "cifar10", temperature=2.)
     assert torch.allclose(S.soft_labels, (logits / 2).softmax(1)) and torch.equal(S.y, logits.argmax(1))
@@ -147,7 +147,7 @@ def test_image_folders(tmp_path, xy, layout):
     order = torch.argsort(y, stable=True)
     S = load_compressed(tmp_path / "s", data="cifar10")
     assert S.x.dtype == torch.uint8 and torch.equal(S.y, y[order]) and torch.equal(S.x, (x[order] * 255).round().to(torch.uint8))
-    logits = torch.randn(20, 10, generator=generator(2))
+    logits = torch.randn(20, 10, generator=generator_of(2))
     torch.save(logits, tmp_path / "s" / "soft_labels.pt"); np.save(tmp_path / "elsewhere.npy", logits.numpy())
     for soft in (None, tmp_path / "elsewhere.npy", logits): assert torch.allclose(load_compressed(tmp_path / "s", "cifar10", soft=soft, temperature=20.).soft_labels, (logits / 20).softmax(1))
     assert load_compressed(tmp_path / "s", "cifar10", soft=False).soft_labels is None
@@ -315,7 +315,7 @@ def test_whitening_is_that_of_the_code_base(tmp_path):
 
 def sets():
     x, y = photos(12)
-    rich = dict(weights=torch.rand(12, generator=generator(1)) + 1e-3, indices=torch.arange(12) * 7, soft_labels=torch.randn(12, 10, generator=generator(2)).softmax(1), radius=3.25, lower_bound=3.,
+    rich = dict(weights=torch.rand(12, generator=generator_of(1)) + 1e-3, indices=torch.arange(12) * 7, soft_labels=torch.randn(12, 10, generator=generator_of(2)).softmax(1), radius=3.25, lower_bound=3.,
                 schedule={"lr": .01}, provenance={"method": {"is": "M"}, "seed": 3})
     b = (x * 255).round().to(torch.uint8)
     return {"bytes": Compressed(b, y, CIFAR10, "cifar10", **rich, certificate={"rows": torch.tensor([1, 2])}), "floats": Compressed(x, y, CIFAR10, "cifar10", **rich),

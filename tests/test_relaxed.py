@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from conftest import many
-from rdd_lib.core import BadArgument, generator
+from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.covering import distances as D, guarantee as G, relaxed as R
 
 NORMS = (1, 2, inf)
@@ -14,7 +14,7 @@ NORMS = (1, 2, inf)
 
 def points(seed, n, kind):
     "A few points: floats, floats on a grid (ties, equal points), bytes on a grid, all equal, or far from the origin."
-    g, d = generator(seed, "points"), 1 + seed % 3
+    g, d = generator_of(seed, "points"), 1 + seed % 3
     if kind in (0, 4): return torch.rand(n, d, generator=g) + (1000 if kind == 4 else 0)
     grid = torch.randint(0, 4, (n, d), generator=g)
     return (grid.double() / 10, grid.to(torch.uint8), torch.ones(n, d))[kind - 1]
@@ -66,7 +66,7 @@ def test_label_by_label(seed):
 
 @pytest.mark.parametrize("seed", many(30))
 def test_matrices_need_no_triangle_inequality(seed):
-    d = torch.triu(torch.randint(1, 9, (8, 8), generator=generator(seed, "matrix")), 1)
+    d = torch.triu(torch.randint(1, 9, (8, 8), generator=generator_of(seed, "matrix")), 1)
     d = d + d.T
     if seed % 2: d = d.double() / 10
     if seed % 6 == 1: d = d.masked_fill(d >= .7, inf)                        # no way between some
@@ -76,7 +76,7 @@ def test_matrices_need_no_triangle_inequality(seed):
 
 
 def test_points_and_their_matrix_give_the_same():
-    x = torch.rand(80, 3, generator=generator(2), dtype=torch.float64)
+    x = torch.rand(80, 3, generator=generator_of(2), dtype=torch.float64)
     a, b = R.relaxed_mcs(x, 7), R.relaxed_mcs(distances=D.distances(x, x), k=7)
     assert torch.equal(a.indices, b.indices) and close(a.value, b.value) and close(a.lower_bound, b.lower_bound)
 
@@ -84,7 +84,7 @@ def test_points_and_their_matrix_give_the_same():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 5), st.integers(1, 6))
 def test_swap_changes_are_what_swaps_do(seed, n, k, b):
-    g, k = generator(seed, "swaps"), min(k, n)
+    g, k = generator_of(seed, "swaps"), min(k, n)
     d = torch.randint(0, 5, (n, n), generator=g).double()
     centres, tried = torch.randperm(n, generator=g)[:k].tolist(), torch.randint(0, n, (b,), generator=g)
     first, second, which = R.two_nearest(d[centres])
@@ -97,14 +97,14 @@ def test_swap_changes_are_what_swaps_do(seed, n, k, b):
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 4), st.floats(0, 3))
 def test_any_prices_are_a_bound(seed, n, k, scale):
     x, k = points(seed, n, seed % 5), min(k, n)
-    space, prices = D.space_of(x), torch.rand(n, generator=generator(seed, "prices"), dtype=torch.float64) * scale
+    space, prices = D.space_of(x), torch.rand(n, generator=generator_of(seed, "prices"), dtype=torch.float64) * scale
     assert R.median_bound(space, prices, torch.arange(k)) <= best_mean(space, k) * (1 + 1e-9) + 1e-12
 
 
 @pytest.mark.parametrize("labelled", (False, True))
 def test_large_sets_on_small_ones(monkeypatch, labelled):
     for seed in range(8):
-        x = torch.rand(90, 3, generator=generator(seed, "many"), dtype=torch.float64)
+        x = torch.rand(90, 3, generator=generator_of(seed, "many"), dtype=torch.float64)
         if seed % 2: x = (x * 255).to(torch.uint8)
         y = torch.arange(90) % 2 if labelled else None
         good = R.relaxed_mcs(x, 5, labels=y)
@@ -117,13 +117,13 @@ def test_large_sets_on_small_ones(monkeypatch, labelled):
 
 
 def test_no_time_is_still_the_truth():
-    x = torch.rand(200, 3, generator=generator(4), dtype=torch.float64)
+    x = torch.rand(200, 3, generator=generator_of(4), dtype=torch.float64)
     r = R.relaxed_mcs(x, 9, time_limit=0).check(x)
     assert not r.swept and 0 < r.lower_bound <= R.relaxed_mcs(x, 9).value <= r.value
 
 
 def test_same_seed_same_choice_and_nothing_else_is_touched():
-    x = torch.rand(300, 4, generator=generator(6)); before, state = x.clone(), torch.get_rng_state()
+    x = torch.rand(300, 4, generator=generator_of(6)); before, state = x.clone(), torch.get_rng_state()
     a, b = (R.relaxed_mcs(x, 9, seed=3) for _ in range(2))
     assert torch.equal(a.indices, b.indices) and torch.equal(a.multipliers, b.multipliers) and a.lower_bound == b.lower_bound
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, before)
@@ -131,13 +131,13 @@ def test_same_seed_same_choice_and_nothing_else_is_touched():
 
 def test_spread_finds_k_different_points():
     for n, k in ((5, 5), (40, 40), (100, 64)):
-        assert len(set(R.spread(D.space_of(torch.ones(n, 2)), k))) == len(set(R.spread(D.space_of(torch.rand(n, 2, generator=generator(n))), k))) == k
+        assert len(set(R.spread(D.space_of(torch.ones(n, 2)), k))) == len(set(R.spread(D.space_of(torch.rand(n, 2, generator=generator_of(n))), k))) == k
 
 
 @pytest.mark.parametrize("change, says", [(dict(value=1.), "value is"), (dict(lower_bound=9.), "prove a lower_bound of"), (dict(radius=9.), "radius is"), (dict(assignment=torch.zeros(40, dtype=torch.int64)), "not its nearest"),
                                           (dict(indices=torch.tensor([3, 3, 3])), "different points"), (dict(multipliers=torch.full((40,), -1.).double()), "prices must be")])
 def test_a_false_claim_is_found(change, says):
-    x = torch.rand(40, 2, generator=generator(8), dtype=torch.float64)
+    x = torch.rand(40, 2, generator=generator_of(8), dtype=torch.float64)
     with pytest.raises(BadArgument, match=says): replace(R.relaxed_mcs(x, 3), **change).check(x)
 
 
@@ -152,7 +152,7 @@ def test_relaxed_refuses(bad, says):
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 14), st.integers(0, 4), st.sampled_from(NORMS), st.integers(1, 30), st.sampled_from((1, 3, 5, 2048)))
 def test_separation_report(seed, n, kind, norm, most, tile):
-    x, y = points(seed, n, kind), torch.randint(0, 4, (n,), generator=generator(seed, "labels")) * 3
+    x, y = points(seed, n, kind), torch.randint(0, 4, (n,), generator=generator_of(seed, "labels")) * 3
     d = D.distances(x, x, norm)
     every = sorted((d[i, j].item(), i, j) for i in range(n) for j in range(i + 1, n) if y[i] != y[j])
     radius = every[len(every) // 2][0] / 2 if every else 1.

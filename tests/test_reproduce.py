@@ -5,7 +5,7 @@ from math import inf, isnan, nan
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of
 from rdd_lib.reproduce.grid import CellError, cores, product, run_grid, table
 from rdd_lib.reproduce.tables import beside, means, papers_folder, published, save_figure, save_table, scatter, wide
 from rdd_lib.reproduce.runner import ReproductionFailed, items, reproduce
@@ -15,7 +15,7 @@ CALLS = []
 
 def noisy(method, seed, n=40):
     CALLS.append((method, seed))
-    return {"std": torch.rand(n, n, generator=generator(seed, method)).logsumexp(0).mean().item(), "odd": [inf, -inf]}
+    return {"std": torch.rand(n, n, generator=generator_of(seed, method)).logsumexp(0).mean().item(), "odd": [inf, -inf]}
 
 def stops_at(i, at, how):
     CALLS.append(i)

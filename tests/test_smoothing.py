@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest, norm
 from torch import nn
-from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator, seeded
+from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator_of, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, build
 from rdd_lib.attacks.pgd import PGD
 from rdd_lib.certify.certificate import Sandwich
 from rdd_lib.training.objectives import Standard
-from rdd_lib.certify.smoothing import Noisy, Smoothed, SoftVote, clopper_pearson, sandwich_smoothed
+from rdd_lib.certify.smoothing import Noisy, Smoothed, SoftVote, sandwich_smoothed
+from rdd_lib.intervals import clopper_pearson
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import Trainer
 
@@ -42,7 +43,7 @@ def test_clopper_pearson_refuses():
 @given(seed=st.integers(0, 10 ** 6), sigma=st.sampled_from([.1, .25, 1.]))
 def test_radii_of_a_linear_classifier(seed, sigma):
     "The vote is the classifier itself, its radius the distance to the line, and what is certified is the analytic radius of the bound."
-    g = generator(seed)
+    g = generator_of(seed)
     normal, x = torch.randn(9, generator=g), torch.rand(6, 1, 3, 3, generator=g)
     net = line(normal, float(normal.sum()) / 2)
     signed = (x.flatten(1) @ normal - normal.sum() / 2).double() / normal.norm().double()
@@ -58,7 +59,7 @@ def test_radii_of_a_linear_classifier(seed, sigma):
 
 
 def test_streams_do_not_depend_on_neighbours():
-    net, x = line(torch.ones(4), 2.), torch.rand(5, 1, 2, 2, generator=generator(0))
+    net, x = line(torch.ones(4), 2.), torch.rand(5, 1, 2, 2, generator=generator_of(0))
     s = Smoothed(net, .3, batch=100)
     whole = s.certify(x, 20, 300, device="cpu")
     parts = [s.certify(x[:2], 20, 300, device="cpu"), s.certify(x[2:], 20, 300, first=2, device="cpu")]
@@ -69,7 +70,7 @@ def test_streams_do_not_depend_on_neighbours():
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    net, x = line(torch.ones(4), 2.), torch.rand(6, 1, 2, 2, generator=generator(0))
+    net, x = line(torch.ones(4), 2.), torch.rand(6, 1, 2, 2, generator=generator_of(0))
     path, s, asked = tmp_path / "votes.npz", Smoothed(net, .3), []
 
     class Dies(nn.Module):
@@ -161,14 +162,14 @@ def test_the_stand_in_is_a_mean_of_probabilities(noisy):
 def test_smoothing_leaves_no_trace():
     with seeded(0): net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)).train()
     net[2].eval(); before = {k: v.clone() for k, v in net.state_dict().items()}
-    Smoothed(net, .3).certify(torch.rand(3, 1, 2, 2, generator=generator(0)), 10, 50, device="cpu")
+    Smoothed(net, .3).certify(torch.rand(3, 1, 2, 2, generator=generator_of(0)), 10, 50, device="cpu")
     assert [m.training for m in net.modules()] == [True, True, True, False, True, True] and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_noisy_draws_from_its_generator():
     data = load("mnist5k").subset(range(0, 4000, 400)); net, x, y = build("mlp", data), data.images(), data.y
-    a, b = (Noisy(.3)(net, x, y, None, generator(s)) for s in (0, 1))
-    assert a == Noisy(.3)(net, x, y, None, generator(0)) and a != b and Noisy(0.)(net, x, y) == Standard()(net, x, y)
+    a, b = (Noisy(.3)(net, x, y, None, generator_of(s)) for s in (0, 1))
+    assert a == Noisy(.3)(net, x, y, None, generator_of(0)) and a != b and Noisy(0.)(net, x, y) == Standard()(net, x, y)
     assert describe(Noisy(.3))["sigma"] == .3 and digest(Noisy(.3)) != digest(Noisy(.4))
     with pytest.raises(BadArgument, match="sigma must be >= 0"): Noisy(-1.)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 from conftest import fit, needs
-from rdd_lib.core import BadArgument, describe, digest, generator, with_settings
+from rdd_lib.core import BadArgument, describe, digest, generator_of, with_settings
 from rdd_lib.data import CIFAR10, ImageSet, load
 from rdd_lib.models import build
 from rdd_lib.attacks.pgd import PGD, attack_until_broken, eval_mode, margin
 from rdd_lib.attacks.borrowed import from_torchattacks
 from rdd_lib.attacks.carlini_wagner import CW, to_pixels, to_tanh
-from rdd_lib.evaluation.outcome import wilson
+from rdd_lib.intervals import wilson
 from rdd_lib.attacks.square import Square, pattern, sides
 from rdd_lib.attacks.threats import L2, Linf
 
@@ -78,7 +78,7 @@ def colour(x, y): return fit(build("convnet", ImageSet(x, y, CIFAR10, "cifar10")
 
 
 def test_square_same_points_in_colour():
-    g = generator(0)
+    g = generator_of(0)
     y = torch.arange(300) % 10
     x = (.5 * torch.rand(10, 3, 32, 32, generator=g)[y] + .5 * torch.rand(300, 3, 32, 32, generator=g)).clamp(0, 1)
     found = same(colour(x, y), Square(Linf(8 / 255), 100), x[:60], y[:60])
@@ -116,7 +116,7 @@ def test_square_changes_one_window_a_query():
     x, y = torch.full((5, 3, 16, 16), .5), torch.zeros(5, dtype=torch.long)
     for threat in (Linf(.1), L2(1.)):
         attack = Square(threat, 50)
-        s = attack.begin(x, y, **attack.draw(x, y, None, generator(0), 0))
+        s = attack.begin(x, y, **attack.draw(x, y, None, generator_of(0), 0))
         for q in range(50):
             s = attack.step(s, torch.full((5,), float(q == 0)), None)            # only the start is ever kept
             if isinstance(threat, Linf):
@@ -129,7 +129,7 @@ def test_square_changes_one_window_a_query():
 
 
 def test_square_rows_at_different_queries_walk_as_they_would_alone():
-    g = generator(0)
+    g = generator_of(0)
     x, y, w = torch.rand(6, 2, 9, 9, generator=g), torch.arange(6) % 2, torch.randn(2 * 81, 2, generator=g)
     net = lambda x: x.flatten(1) @ w
     for threat in (Linf(.02), L2(.2)):
@@ -157,7 +157,7 @@ def test_patterns_are_the_authors():
 @pytest.mark.parametrize("shape", [(1, 5, 40), (3, 31, 12), (1, 1, 9), (2, 3, 3), (1, 1, 1), (1, 2, 2)])
 @pytest.mark.parametrize("threat", [Linf(.2), L2(.7)], ids=str)
 def test_square_any_shape(threat, shape):
-    g = generator(0)
+    g = generator_of(0)
     x, w = torch.rand(20, *shape, generator=g), torch.randn(shape[0] * shape[1] * shape[2], 3, generator=g)
     net = lambda x: (x.flatten(1) - .5) @ w
     y = net(x).argmax(1)
@@ -229,7 +229,7 @@ def test_cw_search_never_loses_and_confidence_is_kept(nets, digits):
 
 def test_cw_on_a_line_where_the_answer_is_known():
     "A linear model: the distance to the border is the margin over the length of the slope."
-    g = generator(0)
+    g = generator_of(0)
     x, w = .3 + .4 * torch.rand(40, 30, generator=g), torch.randn(30, 2, generator=g)
     w = w / (w[:, 1] - w[:, 0]).norm()
     net = lambda x: (x - .5) @ w
@@ -314,7 +314,7 @@ def test_taken_up_again_after_an_interruption(name, nets, digits, tmp_path):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("attack", [Square(Linf(.4), 100), Square(L2(.6), 200), CW(L2(.6), c=3.), CW(L2(.6), steps=200, search_steps=4)], ids=str)
 def test_few_classes_and_loud_logits(classes, attack):
-    g = generator(0)
+    g = generator_of(0)
     x, w = torch.rand(60, 1, 6, 6, generator=g), torch.randn(36, classes, generator=g) / 3
     net = lambda x: (x.flatten(1) - .5) @ w
     y = net(x).argmax(1)

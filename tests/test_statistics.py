@@ -7,9 +7,11 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import binom, binomtest
 from rdd_lib.core import BadArgument, UnknownName
 from rdd_lib.reproduce.tables import summary
-from rdd_lib.evaluation.outcome import Outcome, Score, wilson
-from rdd_lib.evaluation.comparison import (Pairs, _drawn, beard, compare, difference, hits, holm, images_needed, mcnemar, paired_power, pairs, resampled,
-                                       wilson_columns)
+from rdd_lib.evaluation.outcome import Outcome, Score
+from rdd_lib.intervals import wilson
+from rdd_lib.evaluation.comparison import (Pairs, _drawn, beard, compare, difference, hits, holm, images_needed,
+                                           mcnemar, paired_power, pairs, resampled)
+from rdd_lib.intervals import wilson_columns
 
 
 def outcome(survived, y=None, correct=None, classes=tuple("0123456789")):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from rdd_lib.compressed import find_method
-from rdd_lib.core import BadArgument, BrokenFile, MissingData, describe, kept
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, describe
+from rdd_lib.files import kept
 from rdd_lib.data import DATASETS, load, sample
 from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.trajectory import TrajectoryMatching, rounds

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, generator, seeded
+from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
 from rdd_lib.training.unrolled import UNROLLED, flatten, functional, unroll
 from rdd_lib.models import ConvNet, MLP
 
@@ -17,7 +17,7 @@ def problem(norm="instance", dtype=torch.double, T=4, width=4, net=None):
     if net is None:
         with seeded(0): net = ConvNet(3, 3, 8, width, 2, norm)
     net = net.to(dtype)
-    f, theta, g = functional(net), flatten(net), generator(1, "problem")
+    f, theta, g = functional(net), flatten(net), generator_of(1, "problem")
     x, q = torch.rand(10, 3, 8, 8, generator=g).to(dtype), torch.randn(10, 3, generator=g).to(dtype)
     batches = [torch.randperm(10, generator=g)[:6] for _ in range(T)]
     loss = lambda theta, t, x, q: F.cross_entropy(f(theta, x[batches[t]]), q[batches[t]].softmax(1))
@@ -56,14 +56,14 @@ def test_gradients_on_real_digits_with_the_padded_network():
     data = load("mnist5k").subset(range(0, 4000, 200))
     net = Net("convnet", dict(width=8))(data, 0)
     f, theta, y = functional(net), flatten(net), data.y
-    parts = (lambda th, t, x: F.cross_entropy(f(th, x), y), theta, torch.full((10,), .05), data.images(), theta + .05 * torch.randn(len(theta), generator=generator(0)))
+    parts = (lambda th, t, x: F.cross_entropy(f(th, x), y), theta, torch.full((10,), .05), data.images(), theta + .05 * torch.randn(len(theta), generator=generator_of(0)))
     assert apart(slopes("recompute", parts, (True,) * 3)[1], slopes("graph", parts, (True,) * 3)[1]) < 1e-5
 
 
 @pytest.mark.parametrize("method", EXACT)
 def test_finite_differences(method):
     with seeded(0): net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    f, theta, g = functional(net), flatten(net), generator(0)
+    f, theta, g = functional(net), flatten(net), generator_of(0)
     x, q = torch.randn(5, 3, generator=g).double().requires_grad_(), torch.randn(5, 2, generator=g).double().requires_grad_()
     loss = lambda theta, t, x, q: F.cross_entropy(f(theta, x[t:t + 3]), q[t:t + 3].softmax(1))
     given = (theta.requires_grad_(), torch.tensor([.3, .1, .5]).double().requires_grad_(), x, q)
@@ -283,7 +283,7 @@ def test_unknown_method():
 
 def test_functional_is_the_model_and_leaves_it_alone():
     with seeded(0): net = MLP(1, 3, 4, 8)
-    before, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.rand(5, 1, 4, 4, generator=generator(0))
+    before, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.rand(5, 1, 4, 4, generator=generator_of(0))
     f, theta = functional(net), flatten(net).requires_grad_()
     assert len(theta) == sum(p.numel() for p in net.parameters()) and torch.equal(f(theta, x), net(x))
     f(theta, x).sum().backward()
@@ -304,7 +304,7 @@ def test_flatten_is_a_copy():
 
 def test_mode_and_buffers_are_the_models():
     with seeded(0): net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(.5))
-    x = torch.rand(6, 1, 2, 2, generator=generator(0))
+    x = torch.rand(6, 1, 2, 2, generator=generator_of(0))
     f, theta = functional(net), flatten(net)
     net.eval()
     net[2].running_mean += 1
@@ -317,7 +317,7 @@ def test_mode_and_buffers_are_the_models():
 def test_shared_parameters_stand_once():
     with seeded(0): net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     net[2].weight = net[0].weight
-    theta, x = flatten(net), torch.rand(4, 3, generator=generator(0))
+    theta, x = flatten(net), torch.rand(4, 3, generator=generator_of(0))
     assert len(theta) == 9 + 3 + 3 and torch.equal(functional(net)(theta, x), net(x))
     double = theta.clone()
     double[:9] *= 2

@@ -7,7 +7,7 @@ import torch
 import pretend_gpu
 from torch import nn
 from rdd_lib.augmentation import DSA
-from rdd_lib.core import BadArgument, RddError, check, check_values, generator, numbers, one_look, sent
+from rdd_lib.core import BadArgument, RddError, check, check_values, generator_of, numbers, one_look, sent
 from rdd_lib.models import build, onto
 from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken, check_logits
 from rdd_lib.attacks.carlini_wagner import CW
@@ -51,7 +51,7 @@ def test_waits_of_a_step(flow, pretended):
 
 def test_a_whole_attack_waits_once(pretended):
     "Images, labels, the logits of every step and the result: one look, where there were five and three a step."
-    with pretend_gpu.waits("rdd_lib/") as w: PGD(Linf(.1), 10)(*counted.judged(), generator(0, device="cuda"))
+    with pretend_gpu.waits("rdd_lib/") as w: PGD(Linf(.1), 10)(*counted.judged(), generator_of(0, device="cuda"))
     assert len(w) == 1, w.at()
 
 

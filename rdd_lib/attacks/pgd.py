@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import (BrokenFile, atomic, batch_of, check, check_images, check_values, check_whole, describe, digest,
-                          in_cache, keep_heap, kept, lookup, numbers, one_look, progress, require_writable, unasked)
-from ..core import generator as generator_of
+from ..core import (BrokenFile, batch_of, check, check_images, check_values, check_whole, describe, digest,
+                          keep_heap, lookup, numbers, one_look, progress)
+from ..files import atomic, in_cache, kept, require_writable, unasked
+from ..core import generator_of
 from ..models import eval_mode, frozen
 from .threats import Threat, spread
 

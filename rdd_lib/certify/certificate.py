@@ -382,7 +382,7 @@ class Certificate:
 
     def interval(self, level: float = .95) -> tuple[float, float]:
         "Wilson's interval of the certified accuracy."
-        from rdd_lib.evaluation.outcome import wilson
+        from rdd_lib.intervals import wilson
         return wilson(int(self.certified.sum()), len(self), level)
 
     def __repr__(self):
@@ -510,7 +510,7 @@ class Sandwich:
     def interval(self, which: str,        # "clean", "certified" or "empirical"
                  level: float = .95) -> tuple[float, float]:
         "Wilson's interval of one of the three accuracies."
-        from rdd_lib.evaluation.outcome import wilson
+        from rdd_lib.intervals import wilson
         hits = lookup(which, {"clean": self.correct, "certified": self.certified, "empirical": self.survived}, "accuracy")
         return wilson(int(hits.sum()), len(self), level)
 
@@ -530,7 +530,7 @@ class Sandwich:
 
     def save(self, path: str | Path) -> Path:
         "Write `table` to a .csv or .parquet file. Raises `BadArgument` for another ending, `Unwritable`."
-        from rdd_lib.evaluation.outcome import save_table
+        from rdd_lib.files import save_table
         return save_table(self.table(), path)
 
     def __repr__(self):

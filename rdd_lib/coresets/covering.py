@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from ..compressed import Compressed, Compressor, budget, method
 from .random import Coreset, groups
-from ..core import check, device_of, generator
+from ..core import check, device_of, generator_of
 from ..covering.certificate import Certificate, cover_of, verify_certificate
 from ..covering.distances import check_norm, space_of
 from ..covering.k_center import k_mcs
@@ -28,7 +28,7 @@ class KCenterGreedy(Coreset):
 
     def make(self, data, counts, seed, device):
         space = space_of(data.x, None, self.norm, None if self.balance is None else data.y, device_of(device))
-        g, picked, lower = generator(seed, "start"), [], 0.
+        g, picked, lower = generator_of(seed, "start"), [], 0.
         for rows, k in groups(data, counts, self.balance):
             if not len(rows): continue
             start = int(torch.randint(len(rows), (), generator=g))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from ..compressed import BALANCES, Compressor, budget, method
-from ..core import check, generator
+from ..core import check, generator_of
 from ..data import ImageSet
 
 # %% ../../nbs/coresets/60_random.ipynb #13caec51
@@ -44,7 +44,7 @@ class Coreset(Compressor):
         raise NotImplementedError
 
     def make(self, data, counts, seed, device):
-        seen, g = self.look(data, seed, device), generator(seed, "random")
+        seen, g = self.look(data, seed, device), generator_of(seed, "random")
         shuffled = [(rows[torch.randperm(len(rows), generator=g)], k) for rows, k in groups(data, counts, self.balance)]    # whatever k is: a larger budget meets the same order
         picked = [self.pick(seen, rows, k, g) for rows, k in shuffled if k]
         if not isinstance(picked[0], tuple): return {"indices": torch.cat(picked)}

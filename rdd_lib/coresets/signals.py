@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import (atomic, check, describe, device_of, digest, generator, kept, progress, recalled, sent,
-                          subseed, unasked)
+from ..core import check, describe, device_of, digest, generator_of, progress, sent, subseed
+from ..files import atomic, kept, recalled, unasked
 from .random import Coreset
 from ..data import ImageSet, pixels
 from ..models import Net, Normalized
@@ -150,7 +150,7 @@ def read(model: Normalized,
          batch: int = 256,
         ) -> tuple[Tensor, Tensor]:   # (N, D) features, (N, C) logits
     "What the model says about every image."
-    draws, found = generator(seed, "attack", device=device), None
+    draws, found = generator_of(seed, "attack", device=device), None
     for rows in progress(torch.arange(len(data)).split(batch), desc="signals"):
         x, y = sent(device, data.x[rows], data.y[rows])
         x = pixels(x) if attack is None else attack(model, pixels(x), y, draws)

@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple
 import numpy as np
 import torch
-from ..core import check, check_whole, generator, subseed
+from ..core import check, check_whole, generator_of, subseed
 from .certificate import ClassCover, Cover, Leaf, Part, cover_of
 from .distances import TIE, Rows, Space, space_of
 from .set_cover import (MILP_CELLS, SOLVERS, TRIES, _priced, _short, Crew, Standing, Task, check_limits, farthest_first, leaf_of, line_of, lp_bound, min_cover,
@@ -310,7 +310,7 @@ def _weights_of(part):
 
 def _starts(space, crew, k, starts, seed):
     "Farthest-first from several points: ([(picks, key of the radius of the first k)], the best first; some more picks of one run)."
-    begin, most = torch.randperm(len(space), generator=generator(seed, "starts"))[:starts].tolist(), min(len(space), 2 * k + 50)
+    begin, most = torch.randperm(len(space), generator=generator_of(seed, "starts"))[:starts].tolist(), min(len(space), 2 * k + 50)
     runs = crew.all(*[lambda b=b, first=not i: farthest_first(space, most if first else k + 1, b, deadline=inf if first else crew.deadline)[:2] for i, b in enumerate(begin)])
     found = [(picks, reach[k]) for picks, reach in runs if len(picks) > k]
     return sorted(found, key=lambda f: f[1]), runs[0][0]

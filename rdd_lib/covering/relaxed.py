@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check, check_whole, generator, progress as bar
+from ..core import check, check_whole, generator_of, progress as bar
 from .distances import FULL, TIE, Space, full, nearest, row_blocks, space_of
 
 # %% ../../nbs/covering/19_relaxed.ipynb #71f4f69e
@@ -197,7 +197,7 @@ def descend(rows,                  # (B,) indices -> (B, N) distances from these
 # %% ../../nbs/covering/19_relaxed.ipynb #f3f21336
 def spread(space: Space, k: int, seed: int = 0) -> list:
     "k different points, far ones more likely than near ones; for large k drawn in sixteen rounds."
-    g = generator(seed, "spread")
+    g = generator_of(seed, "spread")
     chosen = [int(torch.randint(len(space), (), generator=g))]
     d = space.distance(space.nearest(torch.tensor(chosen))[0])
     while len(chosen) < k:
@@ -226,7 +226,7 @@ def _solve_small(space, k, deadline, seed, steps):
     if k == 1:
         prices = d.max(1).values.double() * (1 + 1e-6)                     # prices above all distances prove the best
         return [int(d.sum(1, dtype=torch.float64).argmin())], prices, True, _proven(d, prices, 1)
-    order, half = torch.randperm(n, generator=generator(seed, "order")), time.monotonic() + (deadline - time.monotonic()) / 2
+    order, half = torch.randperm(n, generator=generator_of(seed, "order")), time.monotonic() + (deadline - time.monotonic()) / 2
     centres, total, swept = descend(lambda j: d[j], spread(space, k, seed), order, half)
     prices, found, _ = subgradient(d, centres, steps, deadline)
     again, reached, whole = descend(lambda j: d[j], found, order, deadline)
@@ -241,7 +241,7 @@ def _proven(d, prices, k):
 def _solve_large(space, k, deadline, seed):
     "(centres, prices, swept, bound on the sum) for any number of points, without a matrix."
     def rows(j): return torch.cat([space.distance(space.keys(s, j)).float() for s in space.bands(len(j))]).T.contiguous()
-    order, half = torch.randperm(len(space), generator=generator(seed, "order"))[:SAMPLE], time.monotonic() + (deadline - time.monotonic()) / 2
+    order, half = torch.randperm(len(space), generator=generator_of(seed, "order"))[:SAMPLE], time.monotonic() + (deadline - time.monotonic()) / 2
     centres, total, _ = descend(rows, spread(space, k, seed), order, half)
     while time.monotonic() < half:
         moved, reached = recentred(space, centres)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..augmentation import DSA, Siamese
 from ..compressed import method
-from ..core import check, check_whole, drawn, generator, sent
+from ..core import check, check_whole, drawn, generator_of, sent
 from .synthetic import ClassMatching
 from ..training.objectives import Standard
 from ..training.trainer import batch_sizes
@@ -77,7 +77,7 @@ class GradientMatching(ClassMatching):
 
     def _real_gradient(self, net, weights, x, c, g):
         "Gradients of the objective on real pixels, part by part where it is a mean over images."
-        draws = generator(drawn(g), device=x.device)
+        draws = generator_of(drawn(g), device=x.device)
         whole = not getattr(self.real_objective, "per_image", False)
         total = [torch.zeros_like(p) for p in weights]
         for part in ((x,) if whole else self.parts(x, net)):

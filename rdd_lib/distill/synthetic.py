@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressed import Compressor, load_compressed
-from ..core import (BrokenFile, atomic, check, check_whole, describe, device_of, digest, generator, keep_heap,
-                          lookup, numbers, one_look, progress, require_writable, sent, subseed)
+from ..core import (BrokenFile, check, check_whole, describe, device_of, digest, generator_of, keep_heap, lookup,
+                          numbers, one_look, progress, sent, subseed)
+from ..files import atomic, require_writable
 from ..data import ImageSet, pixels
 from ..models import Net, onto, takes_one
 from ..training.objectives import depends_on_mode
@@ -33,7 +34,7 @@ def first_images(data: ImageSet,
                 ) -> tuple[Tensor, Tensor]:  # (M, C, H, W) normalised images, (M,) labels, class after class
     "The images a distiller starts from. Raises `BadArgument` for a set that does not fit."
     y = torch.arange(data.n_classes).repeat_interleave(torch.tensor(counts))
-    g, device = generator(seed, "init"), scale.mean.device
+    g, device = generator_of(seed, "init"), scale.mean.device
     if isinstance(init, ImageSet): return scale.normalise(_earlier(init, data, counts).images(device)), y.to(device)
     check(init in ("real", "noise"), f"init must be 'real', 'noise', a compressed set or its file, got {init!r}")
     if init == "noise": return scale.clamp_(torch.randn(len(y), *data.shape, generator=g).to(device)), y.to(device)
@@ -162,7 +163,7 @@ class Distiller(Compressor):
         for it in bar:
             for group, rate in zip(opt.param_groups, map(self.rates().get, s.leaves)): group["lr"] = rate * self.decay(it)
             with in_precision(self.precision, s.device):
-                for losses in self.steps(s, real, data, generator(seed, "iteration", it)):
+                for losses in self.steps(s, real, data, generator_of(seed, "iteration", it)):
                     loss = self._descend(s, opt, losses)
                     check(math.isfinite(loss), f"the loss is {loss} in iteration {it} of {type(self).__name__}; try a smaller lr than {self.lr:g}{keeper.hint()}")
                     story.losses.append(loss)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hits', 'mcnemar', 'Pairs', 'pairs', 'resampled', 'Difference', 'difference', 'holm', 'compare', 'paired_power',
-           'images_needed', 'wilson_columns', 'Beard', 'beard']
+           'images_needed', 'Beard', 'beard']
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #cfeb162b
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from math import isfinite, nan
 import numpy as np
 import torch
 from ..core import BadArgument, check, check_whole, lookup, subseed
-from .outcome import Outcome, Score, wilson
+from .outcome import Outcome, Score
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #2b53edb7
 def hits(result,              # an `Outcome`, a list of them (one a student), a `Score`, or booleans: (N,) or (students, N)
@@ -236,22 +236,6 @@ def images_needed(difference: float,    # true difference of accuracy, > 0
         if paired_power(middle, difference, disagreement, level, mid) < power: short = middle
         else: n = middle
     return n
-
-# %% ../../nbs/evaluation/51_comparison.ipynb #42bd0a89
-def wilson_columns(hits,                # Series or sequence: successes of each row; NaN (a run that failed) gives NaN
-                   n,                   # trials of each row, or one number for all
-                   name: str = "",      # columns <name>_lo and <name>_hi; empty: lo and hi
-                   level: float = .95,
-                   scale: float = 1.,   # 100 for percent
-                  ):                    # DataFrame, with the index of `hits`
-    "Wilson's interval of every row (`wilson`)."
-    import pandas as pd
-    hits = pd.Series(hits)
-    n = [n] * len(hits) if np.ndim(n) == 0 else list(n)
-    check(len(n) == len(hits), f"n must be one number or one a row, got {len(n)} for {len(hits)} rows")
-    rows = [(nan, nan) if k != k else wilson(k, m, level) for k, m in zip(hits, n)]
-    ends = [f"{name}_{end}".lstrip("_") for end in ("lo", "hi")]
-    return scale * pd.DataFrame(rows, index=hits.index, columns=ends, dtype=float)
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #aa65ca69
 @dataclass(frozen=True)

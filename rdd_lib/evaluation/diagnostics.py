@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import RddError, batch_of, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
-from ..core import generator as generator_of
+from ..core import generator_of
 from ..data import ImageSet, sample
 from ..attacks.pgd import (APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, eval_mode, margin,
                                     slope)
 from ..attacks.autoattack import AutoAttack, attack_of
-from .outcome import evaluate, wilson
+from .outcome import evaluate
+from ..intervals import wilson
 from ..attacks.square import Square
 from ..attacks.threats import THREATS, Linf, Threat, spread
 from ..training.trainer import predict

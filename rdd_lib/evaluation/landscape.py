@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check, check_whole, one_look, progress
-from ..core import generator as generator_of
+from ..core import generator_of
 from ..attacks.pgd import check_answer, check_batch, check_logits, eval_mode, slope
 from ..training.curvature import unit
 from ..attacks.threats import spread

@@ -10,7 +10,8 @@ __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', '
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..compressed import Compressor, load_compressed, save
-from ..core import check, describe, digest, in_cache, kept, lookup, recalled, unasked
+from ..core import check, describe, digest, lookup
+from ..files import in_cache, kept, recalled, unasked
 from ..coresets.random import Random
 from ..coresets.covering import KCenterGreedy, MinimalCoreset
 from ..coresets.gradmatch import Glister, GlisterDeepCore, GradMatch

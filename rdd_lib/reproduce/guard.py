@@ -28,7 +28,7 @@ from ..evaluation.outcome import evaluate
 from ..evaluation.landscape import curvature_of, plain_loss
 from ..training.objectives import Adversarial
 from ..attacks.square import Square
-from ..evaluation.comparison import wilson_columns
+from ..intervals import wilson_columns
 from ..attacks.threats import L2, Linf
 from ..training.trainer import Trainer, predict
 

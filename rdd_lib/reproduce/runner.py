@@ -11,7 +11,8 @@ import ast, json, logging, os, re, shutil, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from ..core import BrokenFile, MissingData, RddError, atomic, check, lookup, with_settings, writing
+from ..core import BrokenFile, MissingData, RddError, check, lookup, with_settings
+from ..files import atomic, writing
 from .tables import papers_folder
 
 # %% ../../nbs/reproduce/87_runner.ipynb #32782907

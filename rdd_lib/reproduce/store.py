@@ -13,8 +13,8 @@ from math import isfinite
 from pathlib import Path
 import numpy as np
 import torch
-from ..core import (BadArgument, BrokenFile, atomic, check, describe, device_of, digest, kept,
-                          require_writable, set_aside, unasked)
+from ..core import BadArgument, BrokenFile, check, describe, device_of, digest
+from ..files import atomic, kept, require_writable, set_aside, unasked
 
 # %% ../../nbs/reproduce/80_store.ipynb #f50e3f1c
 RESULTS_VERSION = "1"                    # raise it when a change of the library changes numbers

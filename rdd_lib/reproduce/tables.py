@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import nan, sqrt
 from pathlib import Path
 import numpy as np
-from ..core import BrokenFile, MissingData, atomic, check, lookup
+from ..core import BrokenFile, MissingData, check, lookup
+from ..files import atomic
 
 # %% ../../nbs/reproduce/84_tables.ipynb #d9bd45c5
 def papers_folder() -> Path:

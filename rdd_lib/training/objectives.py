@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check, check_whole, seeded
-from ..core import generator as generator_of
+from ..core import generator_of
 from ..attacks.pgd import PGD, eval_mode
 
 # %% ../../nbs/training/40_objectives.ipynb #d8a4fcc0

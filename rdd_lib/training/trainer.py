@@ -11,8 +11,8 @@ import contextlib
 from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor, nn
-from ..core import (check, check_whole, device_of, generator, keep_heap, lookup, one_look, progress, sent, subseed,
-                          with_settings)
+from ..core import (check, check_whole, device_of, generator_of, keep_heap, lookup, one_look, progress, sent,
+                          subseed, with_settings)
 from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net, takes_one
@@ -100,7 +100,7 @@ class Trainer:
         layout = {"memory_format": torch.channels_last} if self.channels_last else {}
         model = net(data, subseed(seed, "init")).to(device, **layout).train()
         x, y, w = data.x.to(device), targets(data).to(device), self._weights(data, device)       # x may be bytes: a quarter of the memory
-        order, draws, changes = generator(seed, "order"), generator(seed, "attack", device=device), generator(seed, "augment")
+        order, draws, changes = generator_of(seed, "order"), generator_of(seed, "attack", device=device), generator_of(seed, "augment")
         rule, scale = self._rule(data), Scale(data, device)
         own, sizes = rule.get("batches"), self.epoch(lambda: model, data)
         total = len(own) if own else self.steps or self.epochs * len(sizes)
