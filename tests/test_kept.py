@@ -17,7 +17,7 @@ from rdd_lib import cli
 from rdd_lib.reproduce import cells as protocol
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.store import CellStore
-from rdd_lib.evaluation import outcome as evaluation
+from rdd_lib import files
 from rdd_lib.attacks.pgd import PGD, attack_until_broken
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.certify.smoothing import Smoothed
@@ -49,7 +49,7 @@ def full(monkeypatch):
             return real(*args)
         return wrapped
     monkeypatch.setattr("rdd_lib.compressed.save", fails(save))
-    monkeypatch.setattr(evaluation, "save_table", fails(evaluation.save_table))
+    monkeypatch.setattr(files, "save_table", fails(files.save_table))
     return Disk
 
 
