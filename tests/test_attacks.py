@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from rdd_lib.core import BadArgument, UnknownName, describe, digest, generator_of
 from rdd_lib.data import load
-from rdd_lib.attacks.pgd import APGD, LOSSES, PGD, attack_until_broken, cross_entropy, dlr, eval_mode
+from rdd_lib.attacks.pgd import APGD, LOSSES, PGD, attack_until_broken, cross_entropy, dlr
+from rdd_lib.models import eval_mode
 from rdd_lib.attacks.borrowed import from_torchattacks
 from rdd_lib.attacks.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
 from rdd_lib.attacks.threats import L2, Linf, matched_l2, threat_of

@@ -8,7 +8,8 @@ from torch import nn
 from rdd_lib.core import BadArgument, RddError, UnknownName, describe, generator_of, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, Normalized, build
-from rdd_lib.attacks.pgd import APGD, PGD, eval_mode
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.models import eval_mode
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.certify.certificate import (LAYERS, METHODS, CertifiedTraining, Level, MaxPool, Relu, Sandwich, Standardise, _levels, certify, gamma, logit_bounds, margin_bounds, propagate, region, sandwich,
                                       steps_of)

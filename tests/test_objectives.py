@@ -8,7 +8,8 @@ from torch import nn
 from rdd_lib.core import BadArgument, UnknownName, digest, generator_of, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import PGD, eval_mode
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.models import eval_mode
 from rdd_lib.training.curvature import Curvature, cure, unit
 from rdd_lib.training.fast import Free, fast
 from rdd_lib.training.input_gradient import GradientPenalty

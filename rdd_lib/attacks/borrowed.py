@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from ..core import check, lookup, seeded
-from .pgd import Walk, eval_mode
+from .pgd import Walk
+from ..models import eval_mode
 from .threats import Threat
 
 # %% ../../nbs/attacks/29_borrowed.ipynb #84b5fd25

@@ -11,7 +11,8 @@ from math import atanh, inf
 import torch
 from torch import Tensor
 from ..core import batch_of, check, one_look
-from .pgd import Walk, _where, check_batch, eval_mode, margin, slope
+from .pgd import Walk, _where, check_batch, margin, slope
+from ..models import eval_mode
 from .threats import L2, spread
 
 # %% ../../nbs/attacks/27_carlini_wagner.ipynb #fc6a3bc5

@@ -11,7 +11,8 @@ from itertools import count
 import torch
 from torch import Tensor
 from ..core import batch_of, check, check_whole, lookup, numbers, one_look, progress
-from .pgd import Walk, _in_range, check_batch, check_logits, eval_mode, slope, wrong_at
+from .pgd import Walk, _in_range, check_batch, check_logits, slope, wrong_at
+from ..models import eval_mode
 from .threats import L2, THREATS, Threat, spread
 
 # %% ../../nbs/attacks/26_fab.ipynb #f30120be

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..core import RddError, batch_of, check, check_whole, device_of, lookup, progress, subseed
 from ..data import ImageSet
 from ..models import MLP, ConvNet, LeNet, Normalized
-from ..attacks.pgd import Attack, attack_until_broken, check_batch, check_logits, eval_mode
+from ..attacks.pgd import Attack, attack_until_broken, check_batch, check_logits
+from ..models import eval_mode
 from ..training.objectives import hard, weighted_mean
 from ..attacks.threats import L2, Linf, Threat
 

@@ -18,7 +18,8 @@ from ..core import (BrokenFile, check, check_images, check_whole, device_of, dig
                           sent, subseed)
 from ..files import atomic, require_writable
 from ..intervals import check_alpha, clopper_pearson
-from ..attacks.pgd import PGD, Attack, check_answer, eval_mode, marks
+from ..attacks.pgd import PGD, Attack, check_answer, marks
+from ..models import eval_mode
 from .certificate import Sandwich, images_and_labels
 from ..training.objectives import Standard
 from ..attacks.threats import L2, Linf, Threat

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check, check_whole, seeded
 from ..core import generator_of
-from ..attacks.pgd import PGD, eval_mode
+from ..attacks.pgd import PGD
+from ..models import eval_mode
 
 # %% ../../nbs/training/40_objectives.ipynb #d8a4fcc0
 def weighted_mean(losses: Tensor,       # (B,)
