@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from rdd_lib.compressed import load_compressed
 from rdd_lib.core import describe
-from rdd_lib.coresets.basic import Random
+from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import KCenterGreedy, MinimalCoreset, verify_coreset
 from rdd_lib.coresets.signals import Proxy, signals
 from rdd_lib.data import ImageSet, load
@@ -21,20 +21,20 @@ from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.reproduce.condensed import Condensed, bound_terms, made, robustness
-from rdd_lib.reproduce.curves import TwoNorms, three_scores
+from rdd_lib.reproduce.guard import Condensed, bound_terms, made, robustness
+from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.grid import run_grid
-from rdd_lib.reproduce.protocol import Protocol, compressed, score
+from rdd_lib.reproduce.cells import Protocol, compressed, score
 from rdd_lib.reproduce.store import CellKey, CellStore
-from rdd_lib.robust.attacks import APGD, PGD, attack_until_broken
-from rdd_lib.robust.autoattack import autoattack
-from rdd_lib.robust.curvature import Curvature
-from rdd_lib.robust.objectives import Adversarial
-from rdd_lib.robust.smoothing import Smoothed
-from rdd_lib.robust.square import Square
-from rdd_lib.robust.threats import L2, Linf
-from rdd_lib.robust.trades import Trades
-from rdd_lib.robust.training import Trainer
+from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
+from rdd_lib.attacks.autoattack import autoattack
+from rdd_lib.training.curvature import Curvature
+from rdd_lib.training.objectives import Adversarial
+from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.attacks.square import Square
+from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.training.trades import Trades
+from rdd_lib.training.trainer import Trainer
 
 MADE = Path(__file__).parent / "made_before"
 TINY = Net("mlp", dict(width=4))
