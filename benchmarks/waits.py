@@ -1,6 +1,6 @@
 """How often the host waits for the GPU in one step of each flow, counted on the pretend GPU of tests/pretend_gpu: by
-running n and 2n steps and comparing. No GPU is needed, a C++ compiler is. What counts: copies that block, either way, and
-numbers that are asked for (`item`, `nonzero`, a mask as an index, ...).
+running n and 2n steps and comparing. No GPU is needed, a C++ compiler is. What counts: copies that block, either way,
+and numbers that are asked for (`item`, `nonzero`, a mask as an index, ...).
 
     python benchmarks/waits.py [--only distill] [--where] [--beside benchmarks/waits.csv] [--out benchmarks/waits.csv]
 
@@ -147,7 +147,8 @@ def waits(run, n):
 
 def per_step(run, n=3):
     "Waits of one step, and where: the difference between 2n and n steps."
-    run(n); run(2 * n)                                       # what is made once has been made
+    run(n)
+    run(2 * n)                                               # what is made once has been made
     fewer, more = waits(run, n), waits(run, 2 * n)
     places = collections.Counter({k: v / n for k in more | fewer if (v := more[k] - fewer[k])})
     return sum(places.values()), places

@@ -1,4 +1,5 @@
-"""One thread, no network, the same examples in every run, and a store of its own: what every test here runs under. And the networks that attacks are tested on."""
+"""One thread, no network, the same examples in every run, and a store of its own: what every test here runs under.
+And the networks that attacks are tested on."""
 import os
 import socket
 import sys
@@ -18,7 +19,8 @@ from rdd_lib.attacks.threats import Linf
 
 FULL = os.environ.get("RDD_TESTS") == "full"                            # `make test-all`
 torch.set_num_threads(1)
-settings.register_profile("same", derandomize=True, deadline=None)      # the same examples in every run; for others: pytest --hypothesis-profile=default
+# the same examples in every run; for others: pytest --hypothesis-profile=default
+settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
 
@@ -54,7 +56,8 @@ def own_store(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rdd(tmp_path, monkeypatch, capsys):
-    "`rdd('show', 'x')` does what the shell does with these words in an empty folder, in this process; its exit code and what it told."
+    """`rdd('show', 'x')` does what the shell does with these words in an empty folder, in this process; its exit code
+    and what it told."""
     from rdd_lib import cli
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -71,8 +74,8 @@ def rdd(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def page(tmp_path):
-    """`page("mcs/fig2", "seeds=1")` is `rdd reproduce mcs/fig2 --set seeds=1` in this process: it spares a kernel, which takes
-    longer to start than most pages take at these sizes. The folder of tables and pictures."""
+    """`page("mcs/fig2", "seeds=1")` is `rdd reproduce mcs/fig2 --set seeds=1` in this process: it spares a kernel,
+    which takes longer to start than most pages take at these sizes. The folder of tables and pictures."""
     from execnb.shell import CaptureShell
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
@@ -84,7 +87,8 @@ def page(tmp_path):
         folder = tmp_path / "figures" / "smoke" / item.path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         parameters = runner._parameters(item, "smoke", cli.parse_settings(settings), folder, True)
-        nb = parameterize_notebook(load_notebook_node(str(item.path)), parameters, kernel_name="python3", language="python")
+        whole = load_notebook_node(str(item.path))
+        nb = parameterize_notebook(whole, parameters, kernel_name="python3", language="python")
         main, shell = sys.modules["__main__"], CaptureShell(mpl_format="png")
         shell.display_formatter.active_types = ["text/plain"]                # pictures are saved, not shown
         try:
@@ -104,7 +108,9 @@ def many(n):
 def needs(name):
     "Skips a test where the full data set is not at hand."
     there = all((data_root() / name / f"{split}.npz").exists() for split in ("train", "test"))
-    return pytest.mark.skipif(not there, reason=f"{name} is not in {os.environ.get('RDD_DATA') and '$RDD_DATA' or 'the cache'}; set RDD_DATA to a folder with {name}/train.npz and test.npz")
+    place = "$RDD_DATA" if os.environ.get("RDD_DATA") else "the cache"
+    why = f"{name} is not in {place}; set RDD_DATA to a folder with {name}/train.npz and test.npz"
+    return pytest.mark.skipif(not there, reason=why)
 
 
 def fit(model, x, y, epochs, attack=None):
@@ -112,7 +118,9 @@ def fit(model, x, y, epochs, attack=None):
     for _ in range(epochs):
         for i in torch.randperm(len(x), generator=g).split(100):
             xb = x[i] if attack is None else attack(model, x[i], y[i], g)
-            opt.zero_grad(); F.cross_entropy(model(xb), y[i]).backward(); opt.step()
+            opt.zero_grad()
+            F.cross_entropy(model(xb), y[i]).backward()
+            opt.step()
     return model.eval()
 
 
@@ -120,16 +128,19 @@ def fit(model, x, y, epochs, attack=None):
 def nets():
     train = load("mnist5k", "train")
     x, y = train.images(), train.y
-    return {"usual": fit(build("mlp", train), x, y, 5), "hardened": fit(build("mlp", train), x, y, 4, PGD(Linf(.1), 5, .03)),
+    return {"usual": fit(build("mlp", train), x, y, 5),
+            "hardened": fit(build("mlp", train), x, y, 4, PGD(Linf(.1), 5, .03)),
             "conv": fit(build("convnet", train, width=8), x, y, 2)}
 
 
 @pytest.fixture
 def awkward():
-    "A network with what an attack could disturb: batch norm, one of them frozen, dropout, a parameter that is not trained. In training mode."
+    """A network with what an attack could disturb: batch norm, one of them frozen, dropout, a parameter that is not
+    trained. In training mode."""
     with seeded(0):
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.Flatten(),
                             nn.Linear(4 * 6 * 6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).train()
-    net[1].eval(); net[7].bias.requires_grad_(False)
+    net[1].eval()
+    net[7].bias.requires_grad_(False)
     g = generator_of(0)
     return net, torch.rand(24, 1, 8, 8, generator=g), torch.randint(3, (24,), generator=g)

@@ -1,5 +1,5 @@
-"""How often the host waits for a GPU: counted on the pretend one, in n and in 2n steps. And that what is looked at later
-is refused all the same, and results are the CPU's."""
+"""How often the host waits for a GPU: counted on the pretend one, in n and in 2n steps. And that what is looked at
+later is refused all the same, and results are the CPU's."""
 import importlib.util
 from pathlib import Path
 import pytest
@@ -111,7 +111,8 @@ def test_long_walks_are_looked_at_in_between(gpu):
 
 def test_a_sentence_is_made_when_it_is_needed():
     def dear(): raise AssertionError("nobody asked")
-    check(True, dear); check_values(torch.tensor(True), dear)
+    check(True, dear)
+    check_values(torch.tensor(True), dear)
     with pytest.raises(BadArgument, match="7"): check(False, lambda: f"{3 + 4}")
 
 

@@ -69,4 +69,4 @@ def sets():
 
 if __name__ == "__main__":
     assert not (HERE / "store").exists(), "the files are there; they are the past"
-    cells(); kept(); checkpoints(); sets()
+    for make in (cells, kept, checkpoints, sets): make()
