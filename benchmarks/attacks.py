@@ -15,7 +15,8 @@ from dataclasses import replace
 import pandas as pd
 import torch
 from torch import nn
-from rdd_lib.core import keep_heap, seeded
+from rdd_lib.models import keep_heap
+from rdd_lib.models import seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD, attack_until_broken

@@ -33,8 +33,10 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from covering import machine
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
-from rdd_lib.compressed import Compressed, load_compressed, save
-from rdd_lib.core import MissingData, drawn, generator_of, keep_heap, subseed
+from rdd_lib.compressed import Compressed, save
+from rdd_lib.published import load_compressed
+from rdd_lib.core import MissingData, drawn, generator_of, subseed
+from rdd_lib.models import keep_heap
 from rdd_lib.data import ImageSet, load, pixels, sample
 from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, BrokenFile, generator_of, seeded
+from rdd_lib.core import BadArgument, BrokenFile, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken, targeted_dlr

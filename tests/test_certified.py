@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from rdd_lib.core import BadArgument, RddError, UnknownName, describe, generator_of, seeded
+from rdd_lib.core import BadArgument, RddError, UnknownName, describe, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, Normalized, build
 from rdd_lib.attacks.pgd import APGD, PGD

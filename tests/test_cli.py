@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 import pytest
 import torch
-from rdd_lib.compressed import load_compressed
+from rdd_lib.published import load_compressed
 
 RDD = Path(sys.executable).parent / "rdd"
 NAMES = ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "(dc)", "(dsa)", "(tm)", "(dd)", "(guard)", "(mat)",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
-from rdd_lib.compressed import find_method
+from rdd_lib.methods import find_method
 from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.coresets.random import Random
 from rdd_lib.models import Net

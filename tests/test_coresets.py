@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, assume, given, settings, strategies as st
-from rdd_lib.compressed import load_compressed, methods, save
+from rdd_lib.published import load_compressed
+from rdd_lib.methods import methods
+from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.files import kept
 from rdd_lib.coresets import signals as signals_module

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from rdd_lib.core import BrokenFile, MissingData, UnknownName
-from rdd_lib.data import CIFAR10, data_root, load
+from rdd_lib.data import CIFAR10, load
+from rdd_lib.files import kept
 from conftest import needs
 
 
@@ -25,13 +26,13 @@ def test_full_cifar10():
     assert torch.allclose(mean, torch.tensor([.49139968, .48215841, .44653091]).double(), atol=1e-7)
 
 
-@pytest.mark.skipif(not (data_root() / "imagenette").is_dir(), reason="imagenette is not at hand; set RDD_DATA to a folder with imagenette/imagenette2/")
+@pytest.mark.skipif(not (kept("data") / "imagenette").is_dir(), reason="imagenette is not at hand; set RDD_DATA to a folder with imagenette/imagenette2/")
 def test_imagenette():
     data = load("imagenette", "test", size=64)
     assert data.shape == (3, 64, 64) and data.n_classes == 10 and "parachute" in data.classes and all(len(i) for i in data.per_class)
 
 
-@pytest.mark.skipif(not (data_root() / "tiny_imagenet").is_dir(), reason="tiny_imagenet is not at hand; set RDD_DATA to a folder with tiny_imagenet/tiny-imagenet-200/")
+@pytest.mark.skipif(not (kept("data") / "tiny_imagenet").is_dir(), reason="tiny_imagenet is not at hand; set RDD_DATA to a folder with tiny_imagenet/tiny-imagenet-200/")
 def test_tiny_imagenet():
     train, test = load("tiny_imagenet"), load("tiny_imagenet", "test")
     assert train.shape == test.shape == (3, 64, 64) and train.classes == test.classes and len(train.classes) == 200

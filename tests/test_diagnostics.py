@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binom
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
+from rdd_lib.core import BadArgument, UnknownName, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import APGD, PGD, cross_entropy

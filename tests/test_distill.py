@@ -3,7 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
-from rdd_lib.compressed import find_method, load_compressed, save
+from rdd_lib.methods import find_method
+from rdd_lib.published import load_compressed
+from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, drawn, generator_of, subseed
 from rdd_lib.data import load
 from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of

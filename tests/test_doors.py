@@ -11,15 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from rdd_lib.compressed import Compressed, budget, load_compressed, save
+from rdd_lib.compressed import Compressed, save
+from rdd_lib.methods import budget
+from rdd_lib.published import load_compressed
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, Unwritable, plain
 from rdd_lib.files import atomic, kept, recalled, require_readable
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import MinimalCoreset, verify_coreset
 from rdd_lib.coresets.relaxed import RelaxedCoreset
-from rdd_lib.data import ImageSet, check_classes, data_root, load
-from rdd_lib.models import Net, build
-from rdd_lib.published import export, load_published, load_weights, published_stats
+from rdd_lib.data import ImageSet, load
+from rdd_lib.models import Net, build, check_classes
+from rdd_lib.export import export, load_weights, published_stats
+from rdd_lib.published import load_published
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.attacks.threats import Linf
 from rdd_lib.training.trainer import Trainer
@@ -234,7 +237,7 @@ def test_numpys_integers_are_plain_at_the_door(ten, tmp_path, size):
     (name, value), = size.items()
     S = Random().compress(ten, **size, seed=np.int64(3))
     assert type(S.provenance[name]) is int and S.provenance["seed"] == 3
-    exported = [S.export("pt", tmp_path / "s.pt"), S.export("folder", tmp_path / "s")]
+    exported = [export(S, "pt", tmp_path / "s.pt"), export(S, "folder", tmp_path / "s")]
     for path in (save(S, tmp_path / "s.safetensors"), *exported):
         assert load_compressed(path).provenance == S.provenance and S.provenance[name] == value
     assert torch.equal(S.x, Random().compress(ten, **{name: int(value)}, seed=3).x)
@@ -248,7 +251,7 @@ def test_classes_radius_and_schedule_of_numpy_can_be_saved(ten, tmp_path):
     back = load_compressed(save(S, tmp_path / "s.safetensors"))
     assert back.classes == S.classes == tuple(range(10)) and (back.radius, back.lower_bound) == (.5, .25)
     assert back.schedule == {"lrs": [.5, .25], "batches": [[0, 1]]} and back.provenance == {"n": 2}
-    assert load_compressed(S.export("pt", tmp_path / "s.pt", normalise=False)).classes == tuple(range(10))
+    assert load_compressed(export(S, "pt", tmp_path / "s.pt", normalise=False)).classes == tuple(range(10))
     with pytest.raises(BadArgument, match=r"provenance\['model'\] must be plain data"):
         Compressed(ten.x, ten.y, ten.classes, provenance={"model": object()})
 
@@ -563,18 +566,18 @@ def test_folders_without_a_home(homeless, monkeypatch, tmp_path):
     with pytest.raises(MissingData, match="there is no home folder .*set RDD_DATA"): load("mnist")
     with pytest.raises(MissingData, match="set RDD_STORE"): kept("compressed")
     monkeypatch.setenv("RDD_DATA", str(tmp_path))
-    assert data_root() == tmp_path
+    assert kept("data") == tmp_path
     assert written(tmp_path, "mnist", np.zeros((2, 28, 28, 1), np.uint8)).shape == (1, 28, 28)
     monkeypatch.delenv("RDD_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data_root() == tmp_path / "rdd_lib/data" and kept("cells") == tmp_path / "rdd_lib/cells"
+    assert kept("data") == tmp_path / "rdd_lib/data" and kept("cells") == tmp_path / "rdd_lib/cells"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RDD_DATA", "~/d")
     monkeypatch.setenv("RDD_STORE", "~/s/cells")
-    assert [data_root(), kept("cells"), kept("signals")] == [tmp_path / p for p in ("d", "s/cells", "s/signals")]
+    assert [kept("data"), kept("cells"), kept("signals")] == [tmp_path / p for p in ("d", "s/cells", "s/signals")]
     for name in ("RDD_DATA", "RDD_STORE"): monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", "~/c")
-    assert data_root() == tmp_path / "c/rdd_lib/data" and kept("compressed") == tmp_path / "c/rdd_lib/compressed"
+    assert kept("data") == tmp_path / "c/rdd_lib/data" and kept("compressed") == tmp_path / "c/rdd_lib/compressed"

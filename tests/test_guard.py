@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 from rdd_lib.augmentation import Scale
-from rdd_lib.compressed import find_method, methods, save
+from rdd_lib.methods import find_method, methods
+from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.data import load, sample
 from rdd_lib.distill.gradient import GradientMatching

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from typer.testing import CliRunner
-from rdd_lib.compressed import load_compressed, save
+from rdd_lib.published import load_compressed
+from rdd_lib.compressed import save
 from rdd_lib.core import Unwritable
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.signals import Proxy, signals

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from rdd_lib.compressed import load_compressed
+from rdd_lib.published import load_compressed
 from rdd_lib.core import describe
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import KCenterGreedy, MinimalCoreset, verify_coreset

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, digest, generator_of, seeded
+from rdd_lib.core import BadArgument, UnknownName, digest, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD

@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from rdd_lib.compressed import Compressed, load_compressed, save
-from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of, seeded
+from rdd_lib.compressed import Compressed, save
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import CIFAR10, DATASETS, ImageSet
 from rdd_lib.models import STATS, Normalized, ResNet18, build
-from rdd_lib.published import PUBLISHED_STATS, export, load_published, load_weights, published_stats, read_torch, stats_of, whitening
+from rdd_lib.export import PUBLISHED_STATS, export, load_weights, published_stats, stats_of
+from rdd_lib.published import load_compressed, load_published, whitening
+from rdd_lib.files import read_torch
 
 MEAN, STD = torch.tensor([.4914, .4822, .4465]).view(3, 1, 1), torch.tensor([.2023, .1994, .2010]).view(3, 1, 1)
 
@@ -339,7 +342,7 @@ def assert_same(a, b, eps):
 def test_pt_round_trip(tmp_path, name, normalise):
     if name == "own" and isinstance(normalise, str): pytest.skip("no code base knows it")
     S = sets()[name]
-    path = S.export("pt", tmp_path / "a" / "s.pt", normalise=normalise)
+    path = export(S, "pt", tmp_path / "a" / "s.pt", normalise=normalise)
     assert_same(load_compressed(path), S, 0 if S.x.dtype == torch.uint8 or normalise is False else 1.2e-7)
     if S.certificate: assert torch.equal(load_compressed(path).certificate["rows"], S.certificate["rows"])
     assert load_compressed(path, S.name).name == S.name
@@ -354,7 +357,7 @@ def test_pt_round_trip(tmp_path, name, normalise):
 
 def test_pt_export_reads_as_dc_without_our_key(tmp_path):
     S = sets()["floats"]
-    o = torch.load(S.export("pt", tmp_path / "s.pt"), weights_only=True); o.pop("rdd_lib")
+    o = torch.load(export(S, "pt", tmp_path / "s.pt"), weights_only=True); o.pop("rdd_lib")
     torch.save(o, tmp_path / "stripped.pt")
     assert (load_compressed(tmp_path / "stripped.pt", "cifar10").x - S.x).abs().max() <= 1.2e-7
 
@@ -362,7 +365,7 @@ def test_pt_export_reads_as_dc_without_our_key(tmp_path):
 @pytest.mark.parametrize("name", sets())
 def test_folder_round_trip(tmp_path, name):
     S = sets()[name]
-    path = S.export("folder", tmp_path / "a" / "s")
+    path = export(S, "folder", tmp_path / "a" / "s")
     assert_same(load_compressed(path), S, 0 if S.x.dtype == torch.uint8 else .5 / 255 + 1e-7)
     assert len(list(path.rglob("*.png"))) == len(S) and (path / "new003/class003_id000.png").is_file()
     assert sorted(p.name for p in path.parent.iterdir()) == ["s"]
@@ -377,9 +380,9 @@ def test_exports_are_whole_or_absent(tmp_path, monkeypatch):
     S = sets()["floats"]
     (tmp_path / "file").write_text("x")
     for kind in ("pt", "folder"):
-        with pytest.raises(Unwritable): S.export(kind, tmp_path / "file" / "below")
+        with pytest.raises(Unwritable): export(S, kind, tmp_path / "file" / "below")
     (tmp_path / "full").mkdir(); (tmp_path / "full/mine.txt").write_text("mine")
-    with pytest.raises(Unwritable, match="not replaced"): S.export("folder", tmp_path / "full")
+    with pytest.raises(Unwritable, match="not replaced"): export(S, "folder", tmp_path / "full")
     assert (tmp_path / "full/mine.txt").read_text() == "mine"
     count = []
     def stops(self, *a, _save=Image.Image.save, **k):
@@ -387,19 +390,19 @@ def test_exports_are_whole_or_absent(tmp_path, monkeypatch):
         if len(count) == 5: raise KeyboardInterrupt
         return _save(self, *a, **k)
     monkeypatch.setattr(Image.Image, "save", stops)
-    with pytest.raises(KeyboardInterrupt): S.export("folder", tmp_path / "s")
+    with pytest.raises(KeyboardInterrupt): export(S, "folder", tmp_path / "s")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
-    with pytest.raises(UnknownName): S.export("npz", tmp_path / "s")
-    with pytest.raises(BadArgument, match="normalise is for tensors"): S.export("folder", tmp_path / "s", normalise="dc")
+    with pytest.raises(UnknownName): export(S, "npz", tmp_path / "s")
+    with pytest.raises(BadArgument, match="normalise is for tensors"): export(S, "folder", tmp_path / "s", normalise="dc")
 
 
 def test_damaged_exports(tmp_path):
     S = sets()["floats"]
-    o = torch.load(S.export("pt", tmp_path / "s.pt"), weights_only=True)
+    o = torch.load(export(S, "pt", tmp_path / "s.pt"), weights_only=True)
     for damage in ({"header": "{}"}, {"header": "no json"}, {"weights": torch.ones(3)}, {"surprise": torch.ones(3)}):
         torch.save(o | {"rdd_lib": o["rdd_lib"] | damage}, tmp_path / "d.pt")
         with pytest.raises(BrokenFile, match="not a whole exported set"): load_compressed(tmp_path / "d.pt")
-    root = S.export("folder", tmp_path / "f")
+    root = export(S, "folder", tmp_path / "f")
     table = (root / "labels.csv").read_text()
     for damaged in (table.replace("new000/", "../new000/"), table.replace("label", "l"), table[:len(table) // 2], table.replace("new000/class000_id000.png", "/etc/hostname")):
         (root / "labels.csv").write_text(damaged)

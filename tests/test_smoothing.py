@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest, norm
 from torch import nn
-from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator_of, seeded
+from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, build
 from rdd_lib.attacks.pgd import PGD

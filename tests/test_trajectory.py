@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from rdd_lib.compressed import find_method
+from rdd_lib.methods import find_method
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, describe
 from rdd_lib.files import kept
 from rdd_lib.data import DATASETS, load, sample

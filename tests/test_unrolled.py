@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
+from rdd_lib.core import BadArgument, UnknownName, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.training.unrolled import UNROLLED, flatten, functional, unroll
 from rdd_lib.models import ConvNet, MLP
 

@@ -7,7 +7,9 @@ import torch
 import pretend_gpu
 from torch import nn
 from rdd_lib.augmentation import DSA
-from rdd_lib.core import BadArgument, RddError, check, check_values, generator_of, numbers, one_look, sent
+from rdd_lib.core import BadArgument, RddError, check, generator_of
+from rdd_lib.core import check_values, numbers, one_look
+from rdd_lib.models import sent
 from rdd_lib.models import build, onto
 from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken, check_logits
 from rdd_lib.attacks.carlini_wagner import CW

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from ..core import check, lookup, seeded
+from ..core import check, lookup
+from ..models import seeded
 from .pgd import Walk
 from ..models import eval_mode
 from .threats import Threat

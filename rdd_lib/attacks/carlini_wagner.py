@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from math import atanh, inf
 import torch
 from torch import Tensor
-from ..core import batch_of, check, one_look
+from ..models import batch_of
+from ..core import check
+from ..core import one_look
 from .pgd import Walk, _where, check_batch, margin, slope
 from ..models import eval_mode
 from .threats import L2, spread

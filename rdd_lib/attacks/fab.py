@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 import torch
 from torch import Tensor
-from ..core import batch_of, check, check_whole, lookup, numbers, one_look, progress
+from ..models import batch_of
+from ..core import check, check_whole, lookup, progress
+from ..core import numbers, one_look
 from .pgd import Walk, _in_range, check_batch, check_logits, slope, wrong_at
 from ..models import eval_mode
 from .threats import L2, THREATS, Threat, spread

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import (BrokenFile, batch_of, check, check_images, check_values, check_whole, describe, digest,
-                          keep_heap, lookup, numbers, one_look, progress)
+from ..core import BrokenFile, check, check_whole, describe, digest, lookup, progress
+from ..models import batch_of
+from ..models import check_images, keep_heap
+from ..core import check_values, numbers, one_look
 from ..files import atomic, in_cache, kept, require_writable, unasked
 from ..core import generator_of
 from ..models import eval_mode, frozen

@@ -12,7 +12,8 @@ from functools import cache
 from math import sqrt
 import torch
 from torch import Tensor
-from ..core import check, check_whole, sent
+from ..core import check, check_whole
+from ..models import sent
 from .pgd import Walk, _where, margin
 from .threats import L2, Linf, Threat, _uniform, spread
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import e, isfinite, pi, sqrt
 import torch
 from torch import Tensor
-from ..core import BadArgument, check, check_values, lookup
+from ..core import BadArgument, check, lookup
+from ..core import check_values
 
 # %% ../../nbs/attacks/20_threats.ipynb #ee2d8d05
 def spread(v: Tensor,  # (N,): one value an image

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import RddError, batch_of, check, check_whole, device_of, lookup, progress, subseed
+from ..core import RddError, check, check_whole, device_of, lookup, progress, subseed
+from ..models import batch_of
 from ..data import ImageSet
 from ..models import MLP, ConvNet, LeNet, Normalized
 from ..attacks.pgd import Attack, attack_until_broken, check_batch, check_logits

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
-from ..core import (BrokenFile, check, check_images, check_whole, device_of, digest, generator_of, one_look, progress,
-                          sent, subseed)
+from ..core import BrokenFile, check, check_whole, device_of, digest, generator_of, progress, subseed
+from ..models import check_images, sent
+from ..core import one_look
 from ..files import atomic, require_writable
 from ..intervals import check_alpha, clopper_pearson
 from ..attacks.pgd import PGD, Attack, check_answer, marks

@@ -8,7 +8,8 @@ __all__ = ['KCenterGreedy', 'Covering', 'MinimalCoreset', 'verify_coreset']
 # %% ../../nbs/coresets/61_covering.ipynb #4a43609e
 from dataclasses import dataclass
 import torch
-from ..compressed import Compressed, Compressor, budget, method
+from ..compressed import Compressed
+from ..methods import Compressor, budget, method
 from .random import Coreset, groups
 from ..core import check, device_of, generator_of
 from ..covering.certificate import Certificate, cover_of, verify_certificate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from ..compressed import method
+from ..methods import method
 from ..core import check
 from .signals import Gradients, SignalCoreset, errors
 from .submodular import in_double

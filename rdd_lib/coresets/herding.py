@@ -9,7 +9,7 @@ __all__ = ['herd', 'Herding', 'HerdingDeepCore']
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..compressed import method
+from ..methods import method
 from ..core import check
 from .signals import SignalCoreset
 

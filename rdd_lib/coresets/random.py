@@ -9,7 +9,7 @@ __all__ = ['groups', 'Coreset', 'Random']
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
-from ..compressed import BALANCES, Compressor, budget, method
+from ..methods import BALANCES, Compressor, budget, method
 from ..core import check, generator_of
 from ..data import ImageSet
 

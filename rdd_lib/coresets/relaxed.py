@@ -7,7 +7,7 @@ __all__ = ['RelaxedCoreset']
 
 # %% ../../nbs/coresets/62_relaxed.ipynb #97eb88bf
 from dataclasses import dataclass
-from ..compressed import method
+from ..methods import method
 from ..core import check, device_of
 from .covering import Covering
 from ..covering.distances import check_norm

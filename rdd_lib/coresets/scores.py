@@ -10,7 +10,7 @@ __all__ = ['SCORES', 'Ranked', 'Scored', 'only_training', 'needs_epochs', 'GraNd
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
-from ..compressed import method
+from ..methods import method
 from ..core import check, check_whole, lookup
 from .signals import SignalCoreset, Signals
 

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check, describe, device_of, digest, generator_of, progress, sent, subseed
+from ..core import check, describe, device_of, digest, generator_of, progress, subseed
+from ..models import sent
 from ..files import atomic, kept, recalled, unasked
 from .random import Coreset
 from ..data import ImageSet, pixels

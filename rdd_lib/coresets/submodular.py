@@ -9,7 +9,7 @@ __all__ = ['STORED', 'Similarities', 'facility_location', 'in_double', 'cosines'
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..compressed import method
+from ..methods import method
 from ..core import check, progress
 from .signals import Gradients, SignalCoreset
 

@@ -11,8 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..compressed import method
-from ..core import check, check_whole, drawn, lookup, sent
+from ..methods import method
+from ..core import check, check_whole, drawn, lookup
+from ..models import sent
 from .synthetic import Distiller
 from ..training.unrolled import UNROLLED, flatten, functional, share_of_loss, summed, unroll
 

@@ -9,7 +9,7 @@ __all__ = ['DistributionMatching']
 from dataclasses import dataclass
 import torch
 from ..augmentation import Siamese
-from ..compressed import method
+from ..methods import method
 from ..core import check, check_whole, drawn, subseed
 from .synthetic import ClassMatching
 from ..training.trainer import Trainer

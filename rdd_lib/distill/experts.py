@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..augmentation import DSA
-from ..core import BrokenFile, MissingData, check, check_whole, describe, digest, progress, sent, subseed
+from ..core import BrokenFile, MissingData, check, check_whole, describe, digest, progress, subseed
+from ..models import sent
 from ..files import atomic, in_cache, kept
 from ..data import ImageSet
 from ..training.unrolled import flatten

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..augmentation import DSA, Siamese
-from ..compressed import method
-from ..core import check, check_whole, drawn, generator_of, sent
+from ..methods import method
+from ..core import check, check_whole, drawn, generator_of
+from ..models import sent
 from .synthetic import ClassMatching
 from ..training.objectives import Standard
 from ..training.trainer import batch_sizes

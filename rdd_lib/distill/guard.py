@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS']
 
 # %% ../../nbs/distill/76_guard.ipynb #32224fcd
-from ..compressed import method
+from ..methods import method
 from .gradient import GradientMatching, dsa_settings
 from ..training.curvature import Curvature
 

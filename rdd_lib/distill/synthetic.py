@@ -16,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from ..augmentation import DSA, OPERATIONS, Scale
-from ..compressed import Compressor, load_compressed
-from ..core import (BrokenFile, check, check_whole, describe, device_of, digest, generator_of, keep_heap, lookup,
-                          numbers, one_look, progress, sent, subseed)
+from ..methods import Compressor
+from ..published import load_compressed
+from ..core import (BrokenFile, check, check_whole, describe, device_of, digest, generator_of, lookup, progress,
+                          subseed)
+from ..models import keep_heap, sent
+from ..core import numbers, one_look
 from ..files import atomic, require_writable
 from ..data import ImageSet, pixels
 from ..models import Net, onto, takes_one

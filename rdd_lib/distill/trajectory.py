@@ -11,8 +11,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 from ..augmentation import Siamese
-from ..compressed import method
-from ..core import check, check_whole, lookup, sent
+from ..methods import method
+from ..core import check, check_whole, lookup
+from ..models import sent
 from .experts import Experts
 from .synthetic import Distiller
 from ..training.unrolled import UNROLLED, functional, share_of_loss, unroll

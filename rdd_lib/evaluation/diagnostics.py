@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import RddError, batch_of, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
+from ..core import RddError, check, check_whole, describe, device_of, lookup, progress, subseed
+from ..models import batch_of, seeded
 from ..core import generator_of
 from ..data import ImageSet, sample
 from ..attacks.pgd import APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, margin, slope

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check, check_whole, one_look, progress
+from ..core import check, check_whole, progress
+from ..core import one_look
 from ..core import generator_of
 from ..attacks.pgd import check_answer, check_batch, check_logits, slope
 from ..models import eval_mode

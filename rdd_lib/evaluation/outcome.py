@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import batch_of, check, device_of, one_look, subseed
+from ..models import batch_of
+from ..core import check, device_of, subseed
+from ..core import one_look
 from ..files import save_table
 from ..intervals import wilson
-from ..data import ImageSet, check_classes
+from ..data import ImageSet
+from ..models import check_classes
 from ..models import Net, Normalized
 from ..attacks.pgd import Attack, PGD, attack_until_broken, check_logits, margin
 from ..models import eval_mode

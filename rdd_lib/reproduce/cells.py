@@ -9,7 +9,9 @@ __all__ = ['NARROW', 'PLANS', 'READINGS', 'Protocol', 'dataset', 'compressed', '
 # %% ../../nbs/reproduce/83_cells.ipynb #f047474b
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from ..compressed import Compressor, load_compressed, save
+from ..methods import Compressor
+from ..published import load_compressed
+from ..compressed import save
 from ..core import check, describe, digest, lookup
 from ..files import in_cache, kept, recalled, unasked
 from ..coresets.random import Random

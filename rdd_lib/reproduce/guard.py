@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
-from ..compressed import Compressor, find_method
+from ..methods import Compressor, find_method
 from ..core import check, check_whole, device_of, lookup
 from ..data import ImageSet, sample
 from ..models import STATS, Net

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check, check_whole, seeded
+from ..core import check, check_whole
+from ..models import seeded
 from ..core import generator_of
 from ..attacks.pgd import PGD
 from ..models import eval_mode

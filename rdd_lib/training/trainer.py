@@ -11,8 +11,9 @@ import contextlib
 from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor, nn
-from ..core import (check, check_whole, device_of, generator_of, keep_heap, lookup, one_look, progress, sent,
-                          subseed, with_settings)
+from ..core import check, check_whole, device_of, generator_of, lookup, progress, subseed, with_settings
+from ..models import keep_heap, sent
+from ..core import one_look
 from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net, takes_one
