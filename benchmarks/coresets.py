@@ -31,13 +31,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from covering import machine, rss
-from rdd_lib.compressed import methods
+from rdd_lib.methods import methods
 from rdd_lib.files import atomic, kept
 from rdd_lib.coresets import signals as signals_module
 from rdd_lib.coresets.random import Coreset
 from rdd_lib.coresets.signals import Proxy, SignalCoreset, signals
 from rdd_lib.coresets.submodular import Submodular, cosines, facility_location
-from rdd_lib.data import data_root, load, shares
+from rdd_lib.data import load, shares
 from rdd_lib.models import Net
 
 SAME = ["data", "proxy", "N", "k", "of", "method", "threads", "cpu"]                         # what makes two rows the same row
@@ -344,7 +344,7 @@ def text(value): return "" if value is None or pd.isna(value) else str(value)
 def main(args):
     path, here = Path(args.out), versions()
     name = args.data
-    if name == "mnist" and not (data_root() / "mnist" / "train.npz").exists():
+    if name == "mnist" and not (kept("data") / "mnist" / "train.npz").exists():
         name = "mnist5k"
         print("MNIST in full is not at hand (set RDD_DATA): the 4,000 training digits of mnist5k in its place", flush=True)
     fixed = {"data": name, "proxy": f"{args.net}, {args.epochs} epochs", "threads": args.threads} | here

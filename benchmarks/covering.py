@@ -30,7 +30,8 @@ import pandas as pd
 import torch
 from rdd_lib.core import BadArgument
 from rdd_lib.files import atomic
-from rdd_lib.data import data_root, load
+from rdd_lib.data import load
+from rdd_lib.files import kept as folder_of
 
 SIZES = (500, 2000, 5000, 20_000, 60_000)
 SAME = ["data", "class", "N", "k", "method", "limit", "threads", "cpu"]                   # what makes two rows the same row
@@ -179,7 +180,7 @@ def _version(name):
 
 def instances(args):
     "(data, class, N, k)"
-    full = (data_root() / "mnist" / "train.npz").exists()
+    full = (folder_of("data") / "mnist" / "train.npz").exists()
     data, most = ("mnist", 60_000) if full else ("mnist5k", 4000)
     sizes = [n for n in dict.fromkeys(min(n, most) for n in args.sizes)]
     out = [(data, None, n, k) for n in sizes for k in ((5, 50) if n == 500 else (50,))]

@@ -40,17 +40,17 @@ def _table(title, rows):
     typer.echo(f"{title}\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows) + "\n")
 
 def _methods():
-    from rdd_lib.compressed import methods
+    from rdd_lib.methods import methods
     settings = lambda m: ", ".join(f.name for f in fields(m.make)) or "no settings"
     return [(name + (f" ({m.alias})" if m.alias else ""), f"{m} [{settings(m)}]") for name, m in methods().items()]
 
 def _data():
     from rdd_lib.data import DATASETS
-    return list(DATASETS.items())
+    return [(name, str(d)) for name, d in DATASETS.items()]
 
 def _models():
     from rdd_lib.models import MODELS
-    return [(name, m.__doc__.splitlines()[0]) for name, m in MODELS.items()]
+    return [(name, (m.__doc__ or name).splitlines()[0]) for name, m in MODELS.items()]
 
 def _objectives():
     from rdd_lib.attacks.threats import Linf
@@ -94,7 +94,8 @@ def compress(method: str = typer.Argument(help="a method, see `rdd list methods`
              plan: bool = typer.Option(False, "--plan", help="print the settings that would be used, and stop"),
              set_: Optional[list[str]] = typer.Option(None, "--set", help="a setting of the method, instead of its paper's: name=value", show_default=False)):
     "Compress a data set into one file, as the method's paper does for this data set and budget."
-    from rdd_lib.compressed import find_method, save
+    from rdd_lib.methods import find_method
+    from rdd_lib.compressed import save
     from rdd_lib.files import require_writable
     from rdd_lib.data import DATASETS, load
     from rdd_lib.distill.synthetic import Distiller
@@ -148,7 +149,7 @@ PUBLISHED = {"data": "for what others published: the data set, see `rdd list dat
 
 def _read(path, data, stats, which):
     "A set that was made here, or one that others published."
-    from rdd_lib.compressed import load_compressed
+    from rdd_lib.published import load_compressed
     return load_compressed(path, data, **{name: value for name, value in (("stats", stats), ("which", which)) if value})
 
 # %% ../nbs/90_cli.ipynb #665c21cd
@@ -229,7 +230,8 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
     "Train students on a compressed set, attack them on the test set of its source, and say how they fared."
     from rdd_lib.core import progress
     from rdd_lib.files import require_writable
-    from rdd_lib.data import check_classes, load, sample
+    from rdd_lib.models import check_classes
+    from rdd_lib.data import load, sample
     from rdd_lib.models import Net
     from rdd_lib.attacks.autoattack import attack_of
     from rdd_lib.certify.certificate import steps_of

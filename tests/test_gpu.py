@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
-from rdd_lib import core
-from rdd_lib.compressed import find_method, load_compressed, methods, save
-from rdd_lib.core import BadArgument, NoDevice, batch_of, device_of, generator_of, seeded
+from rdd_lib import models
+from rdd_lib.methods import find_method, methods
+from rdd_lib.published import load_compressed
+from rdd_lib.compressed import save
+from rdd_lib.core import BadArgument, NoDevice, device_of, generator_of
+from rdd_lib.models import batch_of, seeded
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import verify_coreset
 from rdd_lib.coresets.signals import Proxy, signals
@@ -39,6 +42,7 @@ from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_b
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
+from rdd_lib.export import export
 from rdd_lib.attacks.fab import boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
 from rdd_lib.training.objectives import cost, slowdown
@@ -148,8 +152,8 @@ def test_flows_on_a_set_of_gpu_tensors(gpu, train, test, model, tmp_path):
         agree(a, read)
     verify_coreset(small("mcs").compress(data, ipc=2, device="cpu"), train, gpu)
     verify_coreset(small("mcs").compress(train, ipc=2, device="cpu"), data, gpu)
-    b.export("pt", tmp_path / "b.pt")
-    b.export("folder", tmp_path / "b")
+    export(b, "pt", tmp_path / "b.pt")
+    export(b, "folder", tmp_path / "b")
     agree(replace(b, x=b.x.cpu(), y=b.y.cpu()).show().get_size_inches(), b.show().get_size_inches())
 
 
@@ -507,7 +511,7 @@ def test_batches_suit_the_device(gpu, test, model, monkeypatch):
         def forward(self, x):
             sizes.append(len(x))
             return model(x)
-    monkeypatch.setattr(core.batch_of, "__defaults__", (4, 9, "batch"))       # instead of 250 and 500
+    monkeypatch.setattr(models.batch_of, "__defaults__", (4, 9, "batch"))       # instead of 250 and 500
     for device, size in (("cpu", 4), (gpu, 9)):
         model.to(device)
         evaluate(Sees(), test, None, device=device)
