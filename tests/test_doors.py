@@ -5,24 +5,23 @@ import pwd
 import resource
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from rdd_lib.compressed import Compressed, save
-from rdd_lib.methods import budget
-from rdd_lib.published import load_compressed
-from rdd_lib.core import BadArgument, BrokenFile, MissingData, Unwritable, plain
+from rdd_lib.methods import METHODS, Compressor, Method, budget, find_method, methods
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, plain
 from rdd_lib.files import atomic, kept, recalled, require_readable
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import MinimalCoreset, verify_coreset
 from rdd_lib.coresets.relaxed import RelaxedCoreset
-from rdd_lib.data import ImageSet, load
-from rdd_lib.models import Net, build, check_classes
+from rdd_lib.data import DATASETS, ImageSet, load
+from rdd_lib.models import MODELS, Net, build, check_classes
 from rdd_lib.export import export, load_weights, published_stats
-from rdd_lib.published import load_published
+from rdd_lib.published import load_compressed, load_published
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.attacks.threats import Linf
 from rdd_lib.training.trainer import Trainer
@@ -581,3 +580,87 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     for name in ("RDD_DATA", "RDD_STORE"): monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", "~/c")
     assert kept("data") == tmp_path / "c/rdd_lib/data" and kept("compressed") == tmp_path / "c/rdd_lib/compressed"
+
+
+# --- what other packages announce -------------------------------------------------------------------------------------
+
+class Point:
+    "An entry point of a package that is called mine."
+    value = "mine:thing"
+
+    def __init__(self, name, thing): self.name, self.thing = name, thing
+
+    def load(self):
+        if self.thing is None: raise ImportError("no module named 'mine'")
+        return self.thing
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    "Makes a registry look again, at things of a package that is not there."
+    def look(registry, **things):
+        group = f"rdd_lib.{registry.kind.replace(' ', '')}s"
+        points = {group: [Point(name, thing) for name, thing in things.items()]}
+        monkeypatch.setattr("rdd_lib.core.entry_points", lambda group: points.get(group, []))
+        for name, value in (("looked", False), ("found", dict(registry.found)), ("names", dict(registry.names))):
+            monkeypatch.setattr(registry, name, value)
+        with pytest.warns(RuntimeWarning) as told: assert len(registry) > 4
+        return [str(w.message) for w in told]
+    return look
+
+
+@dataclass(frozen=True)
+class First(Compressor):
+    "The first of each class."
+    skip: int = 0
+
+    def make(self, data, counts, seed, device):
+        return {"indices": torch.cat([rows[self.skip:][:k] for rows, k in zip(data.per_class, counts)])}
+
+
+def test_methods_of_other_packages(announced, ten):
+    preset = Method("second", First, "nobody 1999", preset=lambda data, ipc: {"skip": 1})
+    told = announced(METHODS, first=First, second=preset, gone=None, odd=dict, mcs=First)
+    assert find_method("FIRST").build("mnist5k", 1, skip="2") == METHODS.build("first", "mnist5k", 1, skip=2) == First(2)
+    assert METHODS.build("second", "mnist5k", 1) == First(1) and str(methods()["second"]).endswith("nobody 1999.")
+    assert str(methods()["first"]) == f"The first of each class. From the package {__name__}."
+    assert METHODS["first"]("mnist5k", 1).compress(ten, ipc=1, device="cpu").indices.tolist() == list(range(10))
+    assert "the method 'gone' of 'mine:thing' cannot be loaded (ImportError: no module named 'mine')" in told[0]
+    assert "a method is a Compressor or a Method, got <class 'dict'>" in told[1] and "the name is taken" in told[2]
+    assert find_method("mcs").name == "minimal_coreset" and "gone" not in methods() and "odd" not in methods()
+
+
+def test_models_of_other_packages(announced, ten):
+    class Linear(torch.nn.Module):
+        def __init__(self, channels, classes, size, bias=True):
+            super().__init__()
+            self.layer = torch.nn.Linear(channels * size * size, classes, bias)
+
+        def forward(self, x): return self.layer(x.flatten(1))
+    told, = announced(MODELS, linear=Linear, gone=None)
+    assert Net("linear", dict(bias=False))(ten, 1)(ten.images()).shape == (20, 10)
+    with pytest.raises(BadArgument, match="model 'linear' cannot take these settings"): build("linear", ten, width=3)
+    assert "the model 'gone' of 'mine:thing' cannot be loaded" in told and "gone" not in MODELS
+
+
+def test_data_sets_of_other_packages(announced, ten):
+    def some(split):
+        "Twenty stripes."
+        return ten
+
+    told, = announced(DATASETS, stripes=some, none=lambda split: None, gone=None)
+    data = load("stripes", "test")
+    assert (data.name, data.split, data.fingerprint) == ("stripes", "test", ten.fingerprint)
+    assert str(DATASETS["stripes"]) == "Twenty stripes." and build("mlp", data).classes == ten.classes
+    with pytest.raises(BadArgument, match="data set 'none' must be an ImageSet, got a NoneType"): load("none")
+    with pytest.raises(BadArgument, match="size is for image folders .*; stripes has its own"): load("stripes", size=8)
+    assert "the data set 'gone' of 'mine:thing' cannot be loaded" in told
+    with pytest.raises(UnknownName, match="unknown data set 'gone'"): load("gone")
+
+
+def test_a_published_set_of_anothers_data_set_asks_for_its_classes(announced, tmp_path, ten):
+    announced(DATASETS, stripes=lambda split: ten, gone=None)
+    torch.save([ten.images(), ten.y], tmp_path / "s.pt")
+    with pytest.raises(BadArgument, match=r"are known when it is read: give data=load\('stripes'\)"):
+        load_published(tmp_path / "s.pt", "stripes")
+    assert load_published(tmp_path / "s.pt", load("stripes")).name == "stripes"
