@@ -33,8 +33,11 @@ class Answers(nn.Sequential):
 
 
 SHAPE = r"must return logits of shape \(12, classes\), classes >= 2, got "
+def one_nan(z): return z.index_fill(0, torch.tensor([3]), torch.nan)
+
+
 WRONG = {"NaN": (lambda: Answers(lambda z: z * torch.nan), "the model returned NaN logits for 12 of 12 images"),
-         "one NaN": (lambda: Answers(lambda z: z.index_fill(0, torch.tensor([3]), torch.nan)), "NaN logits for 1 of 12"),
+         "one NaN": (lambda: Answers(one_nan), "NaN logits for 1 of 12"),
          "a tuple": (lambda: Answers(lambda z: (z, z)), SHAPE + "a tuple"),
          "five of ten": (lambda: Answers(classes=5), "y holds the label 9, but the model has 5 classes"),
          "one logit": (lambda: Answers(classes=1), SHAPE + r"\(12, 1\)"),
@@ -114,6 +117,8 @@ def test_hits_in_bfloat16_are_confirmed_by_logits():
     broken, model = [False], Answers(change)
     y = model(X).argmax(1)
     class Later(PGD):
-        def begin(self, *a, **k): broken[0] = True; return super().begin(*a, **k)
+        def begin(self, *a, **k):
+            broken[0] = True
+            return super().begin(*a, **k)
     with pytest.raises(BadArgument, match="NaN logits"):
         attack_until_broken(Later(Linf(1.), 3), model, X, y, screen="bf16")

@@ -323,7 +323,8 @@ def test_what_is_transparent_is_on_white(tmp_path):
     assert abs(decoded(tmp_path / "a.png", 3, (1, 4)).astype(int) - [wanted]).max() <= 1
     Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8)).save(tmp_path / "b.png")
     assert decoded(tmp_path / "b.png", 1, (1, 2)).tolist() == [[[40], [255]]]
-    p = Image.fromarray(np.array([[0, 1]], np.uint8)); p.putpalette([9, 9, 9, 50, 60, 70])
+    p = Image.fromarray(np.array([[0, 1]], np.uint8))
+    p.putpalette([9, 9, 9, 50, 60, 70])
     p.save(tmp_path / "c.png", transparency=0)
     assert decoded(tmp_path / "c.png", 3, (1, 2)).tolist() == [[[255] * 3, [50, 60, 70]]]
 
@@ -333,7 +334,8 @@ def test_what_is_transparent_is_on_white(tmp_path):
 def test_exif_orientation_is_applied(tmp_path, orientation, turned):
     a = np.zeros((2, 3, 3), np.uint8)
     a[0, 0], a[1, 2] = 200, 90
-    exif = Image.Exif(); exif[0x0112] = orientation
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     Image.fromarray(a).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(decoded(tmp_path / "a.png", 3, turned(a).shape[:2]), turned(a))
 
@@ -621,7 +623,8 @@ class First(Compressor):
 def test_methods_of_other_packages(announced, ten):
     preset = Method("second", First, "nobody 1999", preset=lambda data, ipc: {"skip": 1})
     told = announced(METHODS, first=First, second=preset, gone=None, odd=dict, mcs=First)
-    assert find_method("FIRST").build("mnist5k", 1, skip="2") == METHODS.build("first", "mnist5k", 1, skip=2) == First(2)
+    assert find_method("FIRST").build("mnist5k", 1, skip="2") == First(2)
+    assert METHODS.build("first", "mnist5k", 1, skip=2) == First(2)
     assert METHODS.build("second", "mnist5k", 1) == First(1) and str(methods()["second"]).endswith("nobody 1999.")
     assert str(methods()["first"]) == f"The first of each class. From the package {__name__}."
     assert METHODS["first"]("mnist5k", 1).compress(ten, ipc=1, device="cpu").indices.tolist() == list(range(10))
