@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import lookup
-from .models import sent
 from .data import ImageSet
-from .models import statistics
+from .models import sent, statistics
 
 # %% ../nbs/05_augmentation.ipynb #53194458
 class Scale:

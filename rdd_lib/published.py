@@ -199,8 +199,7 @@ def _reported(o):
     return {str(m): {"runs": len(v), "mean": float(np.mean(v))} for m, v in accs.items() if len(v)}
 
 # %% ../nbs/09_published.ipynb #af371f5b
-def load_published(path: str | Path,          # a .pt or .pth file, or a folder: of MTT's tensors, of images in class
-                                              # folders, or one that `export` wrote
+def load_published(path: str | Path,          # a .pt or .pth file, or a folder: of MTT's tensors, of images, or ours
                    data: str | ImageSet | None = None,   # what it compresses: a data set's name, or an `ImageSet`; not
                                                          # needed for what `export` wrote
                    stats=None,                # how its pixels are normalised (`stats_of`); None: as the layout implies
