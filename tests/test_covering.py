@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from conftest import many
 from rdd_lib.core import BadArgument, UnknownName, generator_of
-from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K, set_cover as S
+from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K, programs as P, set_cover as S
 
 NORMS = (1, 2, inf)
 
@@ -121,16 +121,16 @@ def test_any_solver_and_any_limit_tell_the_truth(solver, time_limit):
 
 def test_gurobi_refuses_once_and_highs_takes_over(caplog):
     pytest.importorskip("gurobipy")
-    S._say_once.cache_clear()
+    P._say_once.cache_clear()
     rows = D.Rows(D.space_of(torch.arange(2100.)[:, None]), .5)
     with caplog.at_level(logging.WARNING):
-        for _ in range(2): assert S.min_cover(rows, .5, range(2100), solver="gurobi")[1] == 2100
+        for _ in range(2): assert P.min_cover(rows, .5, range(2100), solver="gurobi")[1] == 2100
     assert len([r for r in caplog.records if "HiGHS takes over" in r.message]) <= 1
 
 
 def test_a_limit_is_not_infeasible(monkeypatch):
     "A solver that always runs out of time must not change any claim."
-    monkeypatch.setitem(S.SOLVERS, "auto", lambda a, at_most, seconds: (None, 0))
+    monkeypatch.setitem(P.SOLVERS, "auto", lambda a, at_most, seconds: (None, 0))
     x = torch.rand(60, 2, generator=generator_of(3), dtype=torch.float64)
     c, exact = K.k_mcs(x, 5), K.k_mcs(x, 5, solver="highs")
     assert c.lower_bound <= exact.radius <= c.radius
@@ -139,7 +139,7 @@ def test_a_limit_is_not_infeasible(monkeypatch):
 
 
 def test_a_wrong_cover_from_a_solver_is_not_believed(monkeypatch):
-    monkeypatch.setitem(S.SOLVERS, "auto", lambda a, at_most, seconds: (np.zeros(a.shape[1], bool), 0))
+    monkeypatch.setitem(P.SOLVERS, "auto", lambda a, at_most, seconds: (np.zeros(a.shape[1], bool), 0))
     x = torch.rand(60, 2, generator=generator_of(3), dtype=torch.float64)
     K.k_mcs(x, 5).check(x)
     S.eta_mcs(x, .15).check(x)
