@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import pretend_gpu
 from rdd_lib.coresets.signals import Proxy, read, signals
 from rdd_lib.covering.distances import space_of
-from rdd_lib.covering.set_cover import farthest_first
+from rdd_lib.covering.greedy import farthest_first
 from rdd_lib.data import ImageSet
 from rdd_lib.core import generator_of
 from rdd_lib.distill.backprop import BackpropThroughTraining

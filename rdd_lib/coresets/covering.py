@@ -14,7 +14,8 @@ from ..core import check, device_of, generator_of
 from ..covering.certificate import Certificate, cover_of, verify_certificate
 from ..covering.distances import check_norm, space_of
 from ..covering.k_center import k_mcs
-from ..covering.set_cover import check_limits, farthest_first
+from ..covering.set_cover import check_limits
+from ..covering.greedy import farthest_first
 from ..data import ImageSet
 
 # %% ../../nbs/coresets/61_covering.ipynb #b7200fa0
