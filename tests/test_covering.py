@@ -270,7 +270,7 @@ def test_a_tampered_certificate_is_refused(seed):
     c = K.k_mcs(x, 4, labels=y, budget="total")
     assert c.optimal and close(C.verify_certificate(x, c.certificate, y, k=4), c.radius)
     t = c.certificate.tensors()
-    again = C.Certificate.of(t)
+    again = C.CoverCertificate.of(t)
     assert C.verify_certificate(x, again, y) == C.verify_certificate(x, c.certificate, y)
     def forged(**changes): C.verify_certificate(x, t | changes, y)
     for changes in (dict(keys=t["keys"] * 1.1 if t["keys"].is_floating_point() else t["keys"] + 50), dict(sizes=t["sizes"] + 40), dict(weights=-t["weights"]), dict(weights=t["weights"].double()),

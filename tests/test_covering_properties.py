@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from rdd_lib.core import BadArgument
-from rdd_lib.covering.certificate import Certificate, Leaf, Part, verify_certificate
+from rdd_lib.covering.certificate import CoverCertificate, Leaf, Part, verify_certificate
 from rdd_lib.covering.k_center import k_mcs
 from rdd_lib.covering.set_cover import eta_mcs
 
@@ -80,7 +80,7 @@ def holds(cover, best, given, labels=None):
     reached = len(cover) if cover.problem == "eta" else cover.radius
     assert close(reached, best) and cover.optimal and close(cover.lower_bound, best) and cover.gap <= TIE
     if (certificate := getattr(cover, "certificate", None)) is not None:
-        for c in (certificate, Certificate.of(certificate.tensors())):
+        for c in (certificate, CoverCertificate.of(certificate.tensors())):
             assert verify_certificate(given.get("points"), c, labels, distances=given.get("distances")) <= best * (1 + TIE)
         for part in certificate.parts if cover.problem == "k" else ():          # about more balls than there are
             assert part.size > (len(cover) if part.label is None else int((labels[cover.indices] == part.label).sum()))
@@ -218,7 +218,7 @@ def test_a_certificate_that_passes_is_true(d, closed, data):
     key = data.draw(st.sampled_from(sorted({*d[np.isfinite(d)].ravel().tolist()})), "key")
     label = None if y is None else int(data.draw(st.sampled_from(y.tolist()), "label"))
     part = Part(label, data.draw(st.integers(1, 4), "size"), key if whole else float(key), tuple(leaves()))
-    try: verify_certificate(None, Certificate((part,), "eta" if closed else "k", None, y is not None), y, distances=d)
+    try: verify_certificate(None, CoverCertificate((part,), "eta" if closed else "k", None, y is not None), y, distances=d)
     except BadArgument: return
     mine = np.arange(n) if label is None else np.flatnonzero(y == label)
     inside = d[mine][:, mine] <= key if closed else d[mine][:, mine] < key
