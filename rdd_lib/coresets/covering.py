@@ -11,7 +11,7 @@ import torch
 from ..compressed import Compressed, Compressor, budget, method
 from .random import Coreset, groups
 from ..core import check, device_of, generator_of
-from ..covering.certificate import Certificate, cover_of, verify_certificate
+from ..covering.certificate import CoverCertificate, cover_of, verify_certificate
 from ..covering.distances import check_norm, space_of
 from ..covering.k_center import k_mcs
 from ..covering.set_cover import check_limits
@@ -90,7 +90,7 @@ def verify_coreset(made: Compressed,   # with a radius and a certificate
     source = (made.provenance or {}).get("source", {}).get("fingerprint", data.fingerprint)
     check(source == data.fingerprint, f"{data.name}/{data.split} is not the data that the set was made from")
     check(torch.equal(data.x[made.indices].cpu(), made.x.cpu()), "the images are not those of the data at its indices")
-    proof = Certificate.of(made.certificate)
+    proof = CoverCertificate.of(made.certificate)
     check(proof.problem == "k", "the certificate is not about a radius")
     per_class = proof.parts[0].label is not None
     check(not per_class or len(set(map(len, made.per_class))) == 1, "a certificate for every class says nothing about classes of different sizes")
