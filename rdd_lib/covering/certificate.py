@@ -99,8 +99,8 @@ def _leaves(tensors, t):
 def verify_certificate(points,             # (N, d) or (N, C, H, W): the points that were covered, as they were given
                        certificate,        # `CoverCertificate`, or the dict of its tensors
                        labels=None,        # (N,): their labels, where they were covered by label
-                       *, k: int = None,   # of how many points (per class, if it was per class) a bound on the radius must be
-                       eta: float = None,  # of which radius a bound on the number of points must be
+                       *, k: int = None,   # about so many points (of each class) a bound on the radius has to be
+                       eta: float = None,  # about this radius a bound on the number of points has to be
                        distances=None,     # (N, N) instead of points
                        embed=None,         # the model between whose outputs distances were measured
                        device="cpu",       # where distances are computed
