@@ -20,21 +20,27 @@ def farthest_first(space: Space,
                    start: int = 0,      # the first one
                    until=-1,            # stop when no point's key to the chosen ones is above this
                    deadline: float = inf,   # time.monotonic() at which to stop
-                  ) -> tuple[list[int], list, Tensor]:   # chosen, key of each to those before it, (N,) key of every point to the chosen
-    "Start anywhere, take the farthest point, again (Gonzalez 1985). Equal points are told apart, so none is chosen twice."
-    chosen, reach, key = [], [], torch.full((len(space),), never(space.dtype), dtype=space.dtype, device=space.device)
-    labels = [None] * len(space) if space.labels is None else space.labels.tolist()
-    if space.labels is None: within = {None: list(space.bands(1))}
-    else: within = {c: (space.labels == c).nonzero()[:, 0].split(next(space.bands(1)).stop) for c in set(labels)}     # a centre changes its own label only
+                  ) -> tuple[list[int], list, Tensor]:   # chosen, the key of each to those before it, (N,) of all
+    "Start anywhere, take the farthest point, and again (Gonzalez 1985). Of equal points, none is chosen twice."
+    chosen, reach, labels, within = [], [], *_within(space)
+    key = torch.full((len(space),), never(space.dtype), dtype=space.dtype, device=space.device)
     free, here = torch.ones_like(key, dtype=torch.bool), torch.tensor([start], device=space.device)
     c, reached, far = start, never(space.dtype), None
     while len(chosen) < most and (not chosen or (far > until and time.monotonic() < deadline)):
-        chosen.append(c); reach.append(reached); free[c] = False
+        chosen.append(c)
+        reach.append(reached)
+        free[c] = False
         for part in within[labels[c]]: key[part] = torch.minimum(key[part], space.keys(part, here)[:, 0])
         here = torch.where(free, key, -1).argmax()[None]
         c, reached, far = numbers(here[0], key[here][0], key.max())
         c = int(c)
     return chosen, reach, key.cpu()
+
+def _within(space):
+    "(the label of every point, the points of each label in bands): a centre changes the keys of its own label only."
+    if space.labels is None: return [None] * len(space), {None: list(space.bands(1))}
+    labels, band = space.labels.tolist(), next(space.bands(1)).stop
+    return labels, {c: (space.labels == c).nonzero()[:, 0].split(band) for c in set(labels)}
 
 # %% ../../nbs/covering/13_greedy.ipynb #a2ddc5c2
 def greedy_cover(rows: Rows,
@@ -50,7 +56,8 @@ def greedy_cover(rows: Rows,
         outside = np.setdiff1d(np.flatnonzero(reached > key), watched)
         if not len(outside): return chosen, watched
         if time.monotonic() > deadline: return chosen + outside.tolist(), watched
-        watched += outside[np.argsort(-reached[outside], kind="stable")][:max(32, len(watched) // 4)].tolist()
+        farthest = outside[np.argsort(-reached[outside], kind="stable")]
+        watched += farthest[:max(32, len(watched) // 4)].tolist()
 
 def _greedy(start, balls, n):
     "Greedy on some rows: (row_start, row_balls), n balls."
@@ -62,7 +69,8 @@ def _greedy(start, balls, n):
         new = held[first[chosen[-1]]:first[chosen[-1] + 1]]
         new = new[left[new]]
         left[new] = False
-        gain = gain - np.bincount(np.concatenate([balls[start[r]:start[r + 1]] for r in new]), minlength=n)
+        lost = [balls[start[r]:start[r + 1]] for r in new]
+        gain = gain - np.bincount(np.concatenate(lost), minlength=n)
     return _pruned(chosen, lambda j: held[first[j]:first[j + 1]], len(left))
 
 def _pruned(chosen, held, m):

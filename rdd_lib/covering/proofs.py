@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .certificate import Leaf, Part
 from .distances import TIE, Rows, Space
-from .programs import MILP_CELLS, leaf_of, lp_bound, min_cover, number, priced, uncovered, whole_weights
+from .programs import MILP_CELLS, leaf_of, lp_bound, min_cover, number, priced, half_covered, whole_weights
 from .set_cover import Crew
 
 # %% ../../nbs/covering/16_proofs.ipynb #d46519fc
@@ -136,7 +136,7 @@ def _node(rows, near, key, k, points, columns, path, fresh, crew):
     if not ended: return None, []
     support = columns[x > 1e-6]
     if (x[x > 1e-6] > 1 - 1e-6).all(): return _whole(rows.space, support, key, points), columns
-    forgot = uncovered(rows.space, key, support, x[x > 1e-6], points)[:30].tolist() if fresh and n <= 4 * WIDE else []
+    forgot = half_covered(rows.space, key, support, x[x > 1e-6], points)[:30].tolist() if fresh and n <= 4 * WIDE else []
     return set(forgot) or _pair_to_part(each[:len(points)], points, columns, x, y[:len(points)], n), columns
 
 def _leaf(names, y, path):

@@ -9,12 +9,13 @@ __all__ = ['TRIES', 'Crew', 'Standing', 'Task', 'tasks_of', 'side_by_side', 'che
 import os, threading, time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import check, lookup, progress as bar, subseed
+from ..core import check, check_number, lookup, progress as bar, subseed
 from .certificate import ClassCover, Cover, Part, cover_of
 from .distances import Rows, Space, space_of
 from .greedy import apart, farthest_first, greedy_cover
@@ -23,13 +24,12 @@ from .programs import SOLVERS, Dual, lp_bound, min_cover, part_of
 # %% ../../nbs/covering/15_set_cover.ipynb #7972cc3e
 class Crew:
     "Threads for heavy pieces of work, the time at which to stop, and a way to be stopped by hand."
-    def __init__(self, seconds: float = inf,   # until it is over
-                 cores: int = None):           # None: as many as torch may use
+    def __init__(self, seconds: float):        # until it is over
         from rdd_lib.covering.search import ready
         ready()                                                    # compiling is not searching
-        self.deadline, self.born, self.stopped, self._flags = time.monotonic() + seconds, time.monotonic(), threading.Event(), []
-        self.stop = self.flag()
-        cores = cores or min(torch.get_num_threads(), os.cpu_count())
+        self.born, self.stopped, self._flags = time.monotonic(), threading.Event(), []
+        self.deadline, self.stop = self.born + seconds, self.flag()
+        cores = min(torch.get_num_threads(), os.cpu_count())
         self._pool, self._beside = ThreadPoolExecutor(cores), ThreadPoolExecutor(max(1, cores - 1))
 
     def over(self) -> bool:
@@ -71,9 +71,13 @@ class Task:
 
     def proof(self) -> tuple:
         "The proof, about the points of the whole set."
-        if self.now.proof is None: return ()
-        whole = lambda leaf: replace(leaf, pairs=self.index[leaf.pairs], path=tuple((int(self.index[i]), int(self.index[j]), side) for i, j, side in leaf.path))
-        return (replace(self.now.proof, label=self.label, leaves=tuple(whole(leaf) for leaf in self.now.proof.leaves)),)
+        part, at = self.now.proof, lambda i: int(self.index[i])
+        if part is None: return ()
+        leaves = []
+        for leaf in part.leaves:
+            path = tuple((at(i), at(j), together) for i, j, together in leaf.path)
+            leaves.append(replace(leaf, pairs=self.index[leaf.pairs], path=path))
+        return (replace(part, label=self.label, leaves=tuple(leaves)),)
 
 def tasks_of(space: Space, by_class: bool) -> list[Task]:
     "A task for every class, or one for all points."
@@ -94,17 +98,21 @@ def side_by_side(solve,          # (task, crew): improves task.now until it is s
     torch.set_num_threads(1)
     try:
         with bar(total=None, bar_format="{desc}", show=show) as told:
-            while wait(running, .2, return_when="FIRST_EXCEPTION").not_done and not any(r.done() and r.exception() for r in running):
+            while wait(running, .2, return_when="FIRST_EXCEPTION").not_done:
+                if any(r.done() and r.exception() for r in running): break
                 crew.over()
-                told.set_description_str(f"{line()}, {time.monotonic() - crew.born:.0f} s", refresh=time.monotonic() > crew.born + 2)
+                spent = time.monotonic() - crew.born
+                told.set_description_str(f"{line()}, {spent:.0f} s", refresh=spent > 2)
         for r in sorted(running, key=lambda r: not r.done()): r.result()                # an error first
         return False
     except KeyboardInterrupt:
         return True
     finally:
-        crew.stopped.set(); crew.over()                            # compiled loops look at their flags only
+        crew.stopped.set()
+        crew.over()                                                # compiled loops look at their flags only
         torch.set_num_threads(threads)
-        drivers.shutdown(wait=False); crew.close()
+        drivers.shutdown(wait=False)
+        crew.close()
 
 # %% ../../nbs/covering/15_set_cover.ipynb #a7f9d0fc
 TRIES = 20_000   # exchanges after which a search gives up
@@ -113,54 +121,66 @@ def _fewest(task, crew, key, solver, gap, seed):
     "Improve what is known about the fewest balls of one radius."
     rows, n = Rows(task.space, key), len(task.space)
     far, _, nearest = farthest_first(task.space, n, until=key, deadline=crew.deadline)
-    task.now = Standing(far + np.setdiff1d(np.flatnonzero(nearest.numpy() > key), far).tolist(), n, 1)
-    task.now = task.now._replace(reached=len(task.now.centres))
+    outside = np.setdiff1d(np.flatnonzero(nearest.numpy() > key), far).tolist()     # out of time: they cover themselves
+    task.now = Standing(far + outside, len(far) + len(outside), 1)
     if crew.over() and n > 1000: return
     greedy, watched = crew.all(lambda: greedy_cover(rows, key, far, crew.deadline))[0]
     _better(task, greedy)
-    _proven(task, part_of(rows, key, lone := apart(rows, key, watched), np.ones(len(lone))))
+    alone = apart(rows, key, watched)
+    _proven(task, part_of(rows, key, alone, np.ones(len(alone))))
     done = lambda: crew.over() or 1 - task.now.lower / task.now.reached <= gap
-    dual = Dual(0, [], np.zeros(0), watched, np.zeros(0), np.zeros(0), False)
+    dual = Dual.unknown(watched)
     if solver != "greedy" and not done():
-        dual, = crew.all(lambda: lp_bound(rows, key, watched, enough=len(task.now.centres) - 1 + 1e-6, deadline=crew.deadline, over=crew.over))
+        enough = len(task.now.centres) - 1 + 1e-6
+        dual, = crew.all(lambda: lp_bound(rows, key, watched, (), enough, False, crew.deadline, crew.over))
         if len(dual.points): _proven(task, part_of(rows, key, dual.points, dual.weights))
     weights, asked = [dict.fromkeys(watched, 1) for _ in range(3)], 0
     while not done():
         found = _fewer(task, crew, rows, key, weights, seed)
         if found or done(): continue
-        if SOLVERS[solver] and asked < 2:
-            cover, lower = crew.all(lambda: min_cover(rows, key, dual.rows, task.now.reached - 1, crew.deadline, solver))[0]
-            asked = 0 if cover else asked + 1
-            if cover: _better(task, cover)
-            task.now = task.now._replace(lower=max(task.now.lower, min(lower, task.now.reached)))
-        elif not SOLVERS[solver]: return
+        if not SOLVERS[solver]: return
+        if asked < 2: asked = 0 if _asked(task, crew, rows, key, dual.rows, solver) else asked + 1
         seed = subseed(seed, "again")
 
+def _asked(task, crew, rows, key, points, solver):
+    "One question to the integer program: is one ball less enough? Whether it found a cover."
+    most = task.now.reached - 1
+    cover, lower = crew.all(lambda: min_cover(rows, key, points, most, crew.deadline, solver))[0]
+    if cover: _better(task, cover)
+    task.now = task.now._replace(lower=max(task.now.lower, min(lower, task.now.reached)))
+    return bool(cover)
+
 def _better(task, centres):
-    if len(centres) < task.now.reached: task.now = task.now._replace(centres=[int(c) for c in centres], reached=len(centres))
+    if len(centres) >= task.now.reached: return
+    task.now = task.now._replace(centres=[int(c) for c in centres], reached=len(centres))
 
 def _proven(task, part):
-    if part.size > task.now.lower or task.now.proof is None: task.now = task.now._replace(lower=max(task.now.lower, part.size), proof=part)
+    if part.size <= task.now.lower and task.now.proof is not None: return
+    task.now = task.now._replace(lower=max(task.now.lower, part.size), proof=part)
 
 def _fewer(task, crew, rows, key, weights, seed):
     "Searches for a smaller cover, far from what is known at first, then nearer; whether one was found."
     from rdd_lib.covering.search import find_cover
     best, share = task.now.reached, .5
     while not crew.over() and task.now.lower < task.now.reached:
-        target = min(task.now.reached - 1, int(task.now.reached - share * (task.now.reached - task.now.lower)))
-        steps = min(TRIES, 100 * len(task.space)) // (1 if target == task.now.reached - 1 else 4)
-        pieces = [lambda w=w, s=s: find_cover(rows, key, task.now.centres[:target], w, steps, 1 + subseed(seed, s, target) % 2**31, stop=crew.stop)[0] for s, w in enumerate(weights)]
-        found = [f for f in crew.all(*pieces) if f]
+        last = task.now.reached - 1
+        target = min(last, int(task.now.reached - share * (task.now.reached - task.now.lower)))
+        steps = min(TRIES, 100 * len(task.space)) // (1 if target == last else 4)
+        def search(s, known):
+            draws = 1 + subseed(seed, s, target) % 2**31
+            return find_cover(rows, key, task.now.centres[:target], known, steps, draws, stop=crew.stop)[0]
+        found = [f for f in crew.all(*[partial(search, s, known) for s, known in enumerate(weights)]) if f]
         if found: _better(task, found[0])
-        elif target == task.now.reached - 1: break
+        elif target == last: break
         else: share /= 2
     return task.now.reached < best
 
 # %% ../../nbs/covering/15_set_cover.ipynb #bda8db43
 def check_limits(time_limit, solver, gap: float = 0.) -> None:
     "Refuse a time limit below zero, an unknown solver, a gap that is no part."
-    check(isinstance(time_limit, (int, float)) and time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {time_limit!r}")
-    check(isinstance(gap, (int, float)) and 0 <= gap < 1, f"gap must be from 0 to below 1, got {gap!r}")
+    check_number("time_limit", time_limit, 0)
+    check_number("gap", gap, 0)
+    check(gap < 1, f"gap must be below 1, got {gap!r}")
     lookup(solver, SOLVERS, "solver")
 
 def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are exact and stand for pixels / 255
@@ -168,29 +188,37 @@ def eta_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are
             *, distances=None,        # (N, N) instead of points
             embed=None,               # a model: distances are between its outputs for the points
             norm: float = 2,          # 1, 2 or inf
-            labels=None,              # (N,): a point may only be covered by one of its own label; each class is solved on its own
-            time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
+            labels=None,              # (N,): a point may only be covered by its own label; classes are solved apart
+            time_limit: float = 60.,  # seconds for all classes together; then the best cover and bound so far come back
             gap: float = 0.,          # stop when 1 - lower_bound / size is at most this, in every class
-            solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': linear programs only; 'greedy': not even those
+            solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': linear programs only; 'greedy': none
             seed: int = 0,            # of the searches
             device="cpu",             # where distances are computed
             progress: bool = True,    # a line that says how it goes, if it takes longer than two seconds
            ) -> Cover:                # with the size's lower bound and its certificate
     """The fewest points whose eta-balls hold all points, and a proof of how few it can be (eta-MCS, Theorem 1.1).
 
-    Raises `BadArgument` for an eta < 0, an empty set, NaN, labels of another length. Same arguments, same cover, as long as the time does not run out."""
+    Raises `BadArgument` for an eta < 0, an empty set, NaN, labels of another length. Same arguments, same cover, as
+    long as the time does not run out."""
     check(isinstance(eta, (int, float)) and 0 <= eta < inf, f"eta must be a number >= 0, got {eta!r}")
     check_limits(time_limit, solver, gap)
     crew = Crew(time_limit)
     space = space_of(points, distances, norm, labels, device, embed)
     tasks = tasks_of(space, labels is not None)
-    line = lambda: line_of("eta-MCS", sum(t.now.reached for t in tasks), sum(t.now.lower for t in tasks))
-    interrupted = side_by_side(lambda task, crew: _fewest(task, crew, space.key_of(eta), solver, gap, seed), tasks, crew, line, progress)
+    lower = lambda: sum(t.now.lower for t in tasks)
+    line = lambda: line_of("eta-MCS", sum(t.now.reached for t in tasks), lower())
+    solve = lambda task, crew: _fewest(task, crew, space.key_of(eta), solver, gap, seed)
+    interrupted = side_by_side(solve, tasks, crew, line, progress)
     check(all(t.now.reached < inf for t in tasks), "interrupted before there was any cover")
-    classes = [ClassCover(t.label, t.now.reached, t.space.distance(t.space.nearest(torch.tensor(t.now.centres))[0].max()).item(), float(t.now.lower), t.now.lower >= t.now.reached)
-               for t in tasks if t.label is not None]
+    classes = [_class_cover(t) for t in tasks if t.label is not None]
     proofs = tuple(p for t in tasks for p in t.proof())
-    return cover_of(space, torch.cat([t.centres() for t in tasks]), sum(t.now.lower for t in tasks), eta, classes, proofs, interrupted)
+    return cover_of(space, torch.cat([t.centres() for t in tasks]), lower(), eta, classes, proofs, interrupted)
+
+def _class_cover(task):
+    "What is known about one class."
+    centres, reached, lower, _ = task.now
+    radius = task.space.distance(task.space.nearest(torch.tensor(centres))[0].max()).item()
+    return ClassCover(task.label, reached, radius, float(lower), lower >= reached)
 
 def line_of(name, reached, lower):
     "How it goes, in one line."
