@@ -7,10 +7,12 @@ __all__ = ['FIRST', 'FINE', 'LOOKS', 'BUDGETS', 'gonzalez', 'Searcher', 'gap_of'
 
 # %% ../../nbs/covering/17_k_center.ipynb #e5954256
 import logging, time
+from dataclasses import replace
+from functools import partial
 from math import inf
 import numpy as np
 import torch
-from ..core import check, check_whole, generator_of, subseed
+from ..core import check, check_one_of, check_whole, generator_of, subseed
 from .certificate import ClassCover, Cover, Part, cover_of
 from .distances import TIE, Rows, Space, space_of
 from .greedy import farthest_first
@@ -22,20 +24,17 @@ from .set_cover import TRIES, Crew, Standing, Task, check_limits, line_of, side_
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/covering/17_k_center.ipynb #8a804562
-def gonzalez(points=None,       # (N, d) or (N, C, H, W)
-             k: int = None,     # number of centres
-             start: int = 0,    # the first centre
+def gonzalez(points,            # (N, d) or (N, C, H, W)
+             k: int,            # number of centres
              norm: float = 2,   # 1, 2 or inf
-             *, distances=None, # (N, N) instead of points
              labels=None,       # (N,): a point may only be covered by its own label; k is then the number in all
-             device="cpu",
+             device="cpu",      # where distances are computed
             ) -> Cover:
-    "k centres, each the point farthest from those before it: at most twice the best radius (Gonzalez 1985). Raises `BadArgument`."
-    space = space_of(points, distances, norm, labels, device)
+    """k centres, each the point farthest from those before it, from the first point on: at most twice the best radius
+    (Gonzalez 1985). Raises `BadArgument`."""
+    space = space_of(points, None, norm, labels, device)
     _check_k(k, space)
-    ok = isinstance(start, (int, np.integer)) and 0 <= start < len(space)
-    check(ok, f"start must be one of the {len(space)} points, got {start!r}")
-    order, _, _ = farthest_first(space, k + 1, int(start))
+    order, _, _ = farthest_first(space, k + 1)
     return cover_of(space, order[:k], space.distance(crowd_bound(space, order, k)).item())
 
 def _check_k(k, space, what="k"):
@@ -45,7 +44,7 @@ def _check_k(k, space, what="k"):
     check(k >= classes, f"{what} = {k} points cannot cover {classes} classes, each by its own")
 
 # %% ../../nbs/covering/17_k_center.ipynb #b5a20e10
-FIRST, FINE = .04, .0005   # steps of the key: from these parts of it, halved at every failure, down to these
+FIRST, FINE = .04, .0005   # steps of the key: from this part of it, halved at every failure, down to this one
 LOOKS = (400, 100, 1000, 200)   # balls that each search looks at for one exchange
 
 class Searcher:
@@ -54,7 +53,8 @@ class Searcher:
                  watched,       # points to look at first
                  look: int,     # balls that are looked at for one exchange
                  seed: int):
-        self.space, self.watched, self.look, self.seed, self.step, self.asked = space, dict.fromkeys(watched, 1), look, seed, FIRST, 0
+        self.space, self.watched, self.look, self.seed = space, dict.fromkeys(watched, 1), look, seed
+        self.step, self.asked = FIRST, 0
         self.patience = min(TRIES, 100 * len(space))       # exchanges after which a question is given up
 
     def go(self, rows: Rows, centres, key, lower, steps: int, stop=np.zeros(1, np.int64)):
@@ -63,7 +63,8 @@ class Searcher:
         while steps > 0 and key > lower and not stop[0]:
             target = max(lower, min(self.space.below(key), _scaled(self.space, key, 1 - self.step)))
             self.asked += 1
-            found, reached, used = find_cover(rows, target, centres, self.watched, min(steps, self.patience), 1 + subseed(self.seed, self.asked) % 2**31, self.look, stop)
+            most, draws = min(steps, self.patience), 1 + subseed(self.seed, self.asked) % 2**31
+            found, reached, used = find_cover(rows, target, centres, self.watched, most, draws, self.look, stop)
             steps -= max(1, used)
             if found: centres, key = found, number(reached)
             elif not stop[0]: self.step = max(self.step / 2, FINE)
@@ -87,21 +88,30 @@ def _k_centres(task, crew, k, gap, solver, seed, starts):
     task.now = Standing(orders[0][0][:k], orders[0][1])
     for picks, _ in orders: _prove(task, radius_part(rows, picks[:k + 1], np.ones(k + 1), k))
     team = [Searcher(space, far, look, subseed(seed, s)) for s, look in enumerate(LOOKS)]
-    prover, closer = Prover(rows, k, far), None
     done = lambda: crew.over() or gap_of(space, task.now.lower, task.now.reached) <= gap
-    exact, proof = SOLVERS[solver] is not None, None
-    if not done(): _round(task, crew, narrow, team, [(picks[:k], key) for picks, key in orders], steps=TRIES // (20 if narrow is not rows else 1))
-    while not done() and solver != "greedy":
+    if not done():
+        begin = [(picks[:k], key) for picks, key in orders]
+        _round(task, crew, narrow, team, begin, steps=TRIES // (20 if narrow is not rows else 1))
+    if solver == "greedy": return
+    prover, closer, exact, proof = Prover(rows, k, far), None, SOLVERS[solver] is not None, None
+    while not done():
         now = task.now
         weights = prover.level(now.reached, now.lower) is not None                   # can weights prove more?
         if not weights and closer is None: closer = Closer(rows, k, prover, solver)
-        if weights: _round(task, crew, narrow, team[1:], [now[:2]], lambda: _prove(task, crew.all(lambda: prover.ask(now.reached, now.lower, crew.deadline, crew.over))[0]), exact)
-        elif exact and len(space) <= 4 * WIDE: _round(task, crew, narrow, team[2:], [now[:2]], lambda: _close(task, closer, crew, k), exact)
+        if weights: _round(task, crew, narrow, team[1:], [now[:2]], partial(_weigh, task, prover, crew), exact)
+        elif exact and len(space) <= 4 * WIDE:
+            _round(task, crew, narrow, team[2:], [now[:2]], partial(_close, task, closer, crew, k), exact)
         else: _round(task, crew, narrow, team, [now[:2]])
-        _log.info("radius %.5g, at least %.5g, after %.1f s%s", *(space.distance(v).item() for v in task.now[1:3]), time.monotonic() - crew.born, ", weights" if weights else "")
+        _say(task, crew, weights)
         rows.trim(task.now.reached)
-        if task.now.proof is not proof and (proof is None or not weights): narrow, proof = _promising(rows, *_weights_of(task.now.proof)), task.now.proof
+        if task.now.proof is not proof and (proof is None or not weights):
+            narrow, proof = _promising(rows, *_weights_of(task.now.proof)), task.now.proof
         if not weights and task.now[:3] == now[:3] and not exact: break
+
+def _say(task, crew, weights):
+    radius, lower = (task.space.distance(key).item() for key in (task.now.reached, task.now.lower))
+    spent, how = time.monotonic() - crew.born, ", weights" if weights else ""
+    _log.info("radius %.5g, at least %.5g, after %.1f s%s", radius, lower, spent, how)
 
 def _promising(rows, points, y):
     "Rows in which only balls are looked at that hold much of some weight: k balls of a cover have to hold all of it."
@@ -118,16 +128,18 @@ def _weights_of(part):
     return leaf.pairs[:, 0].tolist(), leaf.weights.numpy()
 
 def _starts(space, crew, k, starts, seed):
-    "Farthest-first from several points: ([(picks, key of the radius of the first k)], the best first; some more picks of one run)."
-    begin, most = torch.randperm(len(space), generator=generator_of(seed, "starts"))[:starts].tolist(), min(len(space), 2 * k + 50)
-    runs = crew.all(*[lambda b=b, first=not i: farthest_first(space, most if first else k + 1, b, deadline=inf if first else crew.deadline)[:2] for i, b in enumerate(begin)])
-    found = [(picks, reach[k]) for picks, reach in runs if len(picks) > k]
+    "Farthest-first from several points: ([(picks, key of the radius of the first k)], best first; picks of one run)."
+    first, *others = torch.randperm(len(space), generator=generator_of(seed, "starts"))[:starts].tolist()
+    many = partial(farthest_first, space, min(len(space), 2 * k + 50), first)       # to its end, whatever the time
+    runs = crew.all(many, *[partial(farthest_first, space, k + 1, b, deadline=crew.deadline) for b in others])
+    found = [(picks, reach[k]) for picks, reach, _ in runs if len(picks) > k]
     return sorted(found, key=lambda f: f[1]), runs[0][0]
 
 def _round(task, crew, rows, team, begin, other=None, wait=False, steps=TRIES):
     "Searches side by side, and something else beside them; then the best found by any is the best known."
-    now, ended = task.now, crew.flag() if wait else crew.stop
-    pieces = [lambda s=s, b=b: s.go(rows, *b, now.lower, 10**9 if wait else min(steps, s.patience), ended) for s, b in zip(team, begin * len(team))]
+    lower, ended = task.now.lower, crew.flag() if wait else crew.stop
+    most = lambda search: 10**9 if wait else min(steps, search.patience)
+    pieces = [partial(s.go, rows, *b, lower, most(s), ended) for s, b in zip(team, begin * len(team))]
     searching = crew.begin(*pieces, beside=wait)
     try: other and other()
     finally:
@@ -141,6 +153,10 @@ def _improve(task, centres, key):
 
 def _prove(task, part):
     if part and part.key > task.now.lower: task.now = task.now._replace(lower=part.key, proof=part)
+
+def _weigh(task, prover, crew):
+    key, lower = task.now.reached, task.now.lower
+    _prove(task, crew.all(lambda: prover.ask(key, lower, crew.deadline, crew.over))[0])
 
 def _close(task, closer, crew, k):
     cover, part, low = closer.ask(task.now.reached, task.now.lower, crew)
@@ -173,12 +189,15 @@ def _one_centre(space, over):
         c = int(least.argmin())
         key = toward(c)
         worst = int(key.argmax())
-        if not best.centres or key[worst] < best.reached: best = best._replace(centres=[c], reached=key[worst].item())
+        reached = key[worst].item()
+        if not best.centres or reached < best.reached: best = best._replace(centres=[c], reached=reached)
         if worst in far or key[worst] <= least[c] or over(): break
         far.append(worst)
         least = torch.maximum(least, toward(worst))
-    lower = number(min(best.reached, least.min().item()) * (1 - TIE / 2) if space.dtype.is_floating_point else least.min().item())
-    return best._replace(lower=lower, proof=Part(None, 2, lower, (leaf_of(far, np.ones(len(far), np.int64)),)) if lower > 0 else None)
+    lower = number(least.min().item())
+    if space.dtype.is_floating_point: lower = float(min(best.reached, lower) * (1 - TIE / 2))
+    proof = Part(None, 2, lower, (leaf_of(far, np.ones(len(far), np.int64)),)) if lower > 0 else None
+    return best._replace(lower=lower, proof=proof)
 
 # %% ../../nbs/covering/17_k_center.ipynb #03996144
 BUDGETS = ("per_class", "total", "joint")
@@ -190,43 +209,57 @@ def k_mcs(points=None,              # (N, d) or (N, C, H, W); uint8 pixels are e
           norm: float = 2,          # 1, 2 or inf
           labels=None,              # (N,): a point may only be covered by one of its own label (unless 'joint')
           budget: str = "per_class",  # 'per_class', 'total' or 'joint'; without labels always 'joint'
-          time_limit: float = 60.,  # seconds for all classes together; when they are spent, the best cover and bound so far come back
+          time_limit: float = 60.,  # seconds for all classes together; then the best cover and bound so far come back
           gap: float = 0.,          # stop when 1 - lower_bound / radius is at most this, in every class
-          solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': linear programs only; 'greedy': not even those
+          solver: str = "auto",     # 'auto' and 'highs': HiGHS; 'gurobi'; 'lp': linear programs only; 'greedy': none
           seed: int = 0,            # of the starts and the searches
           device="cpu",             # where distances are computed
           starts: int = 8,          # runs of farthest-first
           progress: bool = True,    # a line that says how it goes, if it takes longer than two seconds
          ) -> Cover:                # with the radius's lower bound and its certificate
-    """The k points with the smallest covering radius, and a proof of how small it can be (k-MCS, Theorem 1.2, Algorithm 1).
+    """The k points with the smallest covering radius, and a proof of how small it can be (k-MCS, Theorem 1.2 and
+    Algorithm 1).
 
-    Raises `BadArgument` for a k that is no number of points, an empty set, NaN, labels of another length. Ctrl-C returns the best so far, marked `interrupted`.
-    With `solver='lp'` the same arguments give the same cover (of up to 16,384 points), as long as the time does not run out; 'auto' goes on while it may help, and its radius is the same wherever it is proven optimal."""
-    check(budget in BUDGETS, f"budget must be 'per_class', 'total' or 'joint', got {budget!r}")
+    Raises `BadArgument` for a k that is no number of points, an empty set, NaN, labels of another length. Ctrl-C
+    returns the best so far, marked `interrupted`. With `solver='lp'` the same arguments give the same cover (of up to
+    16,384 points), as long as the time does not run out; 'auto' goes on while it may help, and its radius is the same
+    wherever it is proven optimal."""
+    check_one_of("budget", budget, BUDGETS)
     check_whole("starts", starts)
     check_limits(time_limit, solver, gap)
     crew = Crew(time_limit)
-    space = space_of(points, distances, norm, None if budget == "joint" else labels, device, embed)
-    if budget == "joint": space_of(points, distances, norm, labels, device)
+    space = space_of(points, distances, norm, labels, device, embed)
+    if budget == "joint": space = replace(space, labels=None)                    # looked at, and left out
     tasks = tasks_of(space, budget == "per_class" and labels is not None)
     for t in tasks: _check_k(k, t.space, "k" if t.label is None else f"k per class (label {t.label})")
-    worst = lambda: max(((t.space.distance(t.now.reached).item() if t.now.centres else inf, t.space.distance(t.now.lower).item()) for t in tasks))
-    line = lambda: line_of(f"{k}-MCS", worst()[0], max(t.space.distance(t.now.lower).item() for t in tasks))
-    interrupted = side_by_side(lambda task, crew: _solve(task, crew, k, gap, solver, subseed(seed, str(task.label)), starts), tasks, crew, line, progress)
+    solve = lambda task, crew: _solve(task, crew, k, gap, solver, subseed(seed, str(task.label)), starts)
+    interrupted = side_by_side(solve, tasks, crew, lambda: _line(k, tasks), progress)
     check(all(len(t.now.centres) for t in tasks), "interrupted before there was any cover")
     cover = _cover(space, tasks, interrupted)
     _warn_if_vacuous(space, cover)
     return cover
 
+def _line(k, tasks):
+    known = [(t.space.distance(t.now.reached).item() if t.now.centres else inf, _lower(t)) for t in tasks]
+    return line_of(f"{k}-MCS", max(radius for radius, _ in known), max(lower for _, lower in known))
+
+def _lower(task): return task.space.distance(task.now.lower).item()
+
 def _cover(space, tasks, interrupted):
     "The tasks' results as one."
-    known = [(t, t.space.distance(t.now.reached).item(), t.space.distance(t.now.lower).item()) for t in tasks]
-    classes = [ClassCover(t.label, len(t.now.centres), radius, min(bound, radius), bound >= radius * (1 - TIE)) for t, radius, bound in known if t.label is not None]
-    return cover_of(space, torch.cat([t.centres() for t in tasks]), max(bound for *_, bound in known), None, classes, tuple(p for t in tasks for p in t.proof()), interrupted)
+    proofs, classes = tuple(p for t in tasks for p in t.proof()), []
+    for t in tasks:
+        if t.label is None: continue
+        radius, bound = t.space.distance(t.now.reached).item(), _lower(t)
+        optimal = bound >= radius * (1 - TIE)
+        classes.append(ClassCover(t.label, len(t.now.centres), radius, min(bound, radius), optimal))
+    centres, lower = torch.cat([t.centres() for t in tasks]), max(map(_lower, tasks))
+    return cover_of(space, centres, lower, None, classes, proofs, interrupted)
 
 def _warn_if_vacuous(space, cover):
     if space.norm != inf or len(cover) == len(space): return
     lo, hi = space.rows.aminmax()
     spread = space.distance(hi.to(space.dtype) - lo.to(space.dtype)).item()
-    if cover.radius >= spread * (1 - TIE) and spread > 0:
-        _log.warning(f"the l_inf radius {cover.radius:.4g} is the whole range of values: any single point covers as much, so this cover says nothing")
+    if cover.radius < spread * (1 - TIE) or spread <= 0: return
+    _log.warning(f"the l_inf radius {cover.radius:.4g} is the whole range of values: "
+                 "any single point covers as much, so this cover says nothing")
