@@ -176,7 +176,7 @@ def _fewer(task, crew, rows, key, weights, seed):
     return task.now.reached < best
 
 # %% ../../nbs/covering/15_set_cover.ipynb #bda8db43
-def check_limits(time_limit, solver, gap: float = 0.) -> None:
+def check_limits(time_limit, solver, gap) -> None:
     "Refuse a time limit below zero, an unknown solver, a gap that is no part."
     check_number("time_limit", time_limit, 0)
     check_number("gap", gap, 0)
