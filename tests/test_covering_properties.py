@@ -180,8 +180,8 @@ def test_order_place_scale_and_copies_do_not_matter(x, norm, data):
 def test_fewest_balls_of_any_points(x, norm, labelled, data):
     y = data.draw(labels_for(len(x)), "labels") if labelled else None
     d = measured(x, norm) if y is None else apart(measured(x, norm), y)
-    d = data.draw(st.sampled_from(sorted({*measured(x, norm).ravel()})), "a distance")
-    eta = float(d * data.draw(st.sampled_from((1, 1, 1.01, .99, 3)), "times"))
+    one = data.draw(st.sampled_from(sorted({*measured(x, norm).ravel()})), "a distance")
+    eta = float(one * data.draw(st.sampled_from((1, 1, 1.01, .99, 3)), "times"))
     cover = eta_mcs(x, eta, norm=norm, labels=y)
     holds(cover, best_size(d, eta), dict(points=x), y)
     assert cover.radius <= eta * (1 + TIE) and cover.eta == eta
