@@ -18,7 +18,8 @@ from torch import nn
 from rdd_lib.core import keep_heap, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import PGD, attack_until_broken
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.files import save_table
 from rdd_lib.training.objectives import Adversarial

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from rdd_lib.core import BadArgument, UnknownName, describe, digest, generator_of
 from rdd_lib.data import load
-from rdd_lib.attacks.pgd import APGD, LOSSES, PGD, attack_until_broken, cross_entropy, dlr
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.losses import LOSSES, cross_entropy, dlr
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.models import eval_mode
 from rdd_lib.attacks.borrowed import from_torchattacks
-from rdd_lib.attacks.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
+from rdd_lib.attacks.walk import ATTACKS
+from rdd_lib.attacks.autoattack import AutoAttack, attack_of, autoattack
 from rdd_lib.attacks.threats import L2, Linf, matched_l2, threat_of
 
 THREATS = [Linf(.1), L2(1.355)]
@@ -85,7 +88,7 @@ def test_refusals(name, nets, digits):
     (x, y), net, attack = digits, nets["usual"], ALL[name](Linf(.1))
     for bad_x, bad_y, words in ((x - .5, y, "must lie in [0, 1]"), (x * 255, y, "must lie in [0, 1]"), (x, y.double(), "whole-number labels"),
                                 (x, y[:3], "one label an image"), (x, y + 1, "the model has 10 classes"), (x, y - 1, "labels >= 0"), (x[:0], y[:0], "non-empty")):
-        with pytest.raises(BadArgument, match=words.replace("[", r"\[").replace("]", r"\]")): attack(net, bad_x, bad_y, until_broken=True)
+        with pytest.raises(BadArgument, match=words.replace("[", r"\[").replace("]", r"\]")): attack_until_broken(attack, net, bad_x, bad_y)
     for broken_net in (lambda x: net(x) * torch.nan, lambda x: torch.where(x.flatten(1).sum(1, keepdim=True) == x[0].sum(), torch.nan, net(x))):
         with pytest.raises(BadArgument, match=f"{attack.name.replace('+', '.')}.*NaN logits"): attack_until_broken(attack, broken_net, x, y)
     with pytest.raises(BadArgument, match="logits of shape"): attack_until_broken(attack, lambda x: net(x)[:, 0], x, y)
@@ -132,7 +135,8 @@ def test_the_count_is_what_it_should_be(nets, digits):
 def test_training_climbs_beyond_the_first_crossing(nets, digits):
     (x, y), net = digits, nets["usual"]
     for attack in (PGD(Linf(.1)), APGD(Linf(.1), steps=10)):
-        loss = [cross_entropy(net(attack(net, x, y, until_broken=u)), y).mean().item() for u in (False, True)]
+        points = attack(net, x, y), attack_until_broken(attack, net, x, y).x_adv
+        loss = [cross_entropy(net(p), y).mean().item() for p in points]
         assert loss[0] > 1.3 * loss[1]
     with pytest.raises(BadArgument, match="too weak to train on"): autoattack(Linf(.1))(net, x, y)
 

@@ -9,8 +9,11 @@ from torch import nn
 from rdd_lib.core import BadArgument, BrokenFile, generator_of, seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken, targeted_dlr
-from rdd_lib.attacks.autoattack import ATTACKS, AutoAttack, attack_of, autoattack
+from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.losses import targeted_dlr
+from rdd_lib.attacks.walk import ATTACKS
+from rdd_lib.attacks.autoattack import AutoAttack, attack_of, autoattack
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.intervals import wilson
 from rdd_lib.training.objectives import Adversarial
@@ -170,7 +173,7 @@ def test_a_checkpoint_of_something_else_is_refused(trained, images, tmp_path):
     kept = path.read_bytes()
     for change in (dict(attack=PGD(Linf(.2))), dict(x=x.flip(0), y=y.flip(0)), dict(model=Stops(trained["mnist", "adversarial"], -1)), dict(generator=5), dict(batch_size=20)):
         asked = dict(attack=PGD(Linf(.1)), model=Stops(net, -1), x=x, y=y, generator=0, batch_size=25) | change
-        with pytest.raises(BadArgument, match="belongs to another evaluation"): attack_until_broken(checkpoint=path, **asked)
+        with pytest.raises(BadArgument, match="belongs to another run of an evaluation"): attack_until_broken(checkpoint=path, **asked)
     assert path.read_bytes() == kept
     path.write_bytes(kept[:100])
     with pytest.raises(BrokenFile, match="is not the checkpoint"): attack_until_broken(PGD(Linf(.1)), Stops(net, -1), x, y, batch_size=25, checkpoint=path)

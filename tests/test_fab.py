@@ -6,7 +6,8 @@ import torch
 from scipy.optimize import linprog, minimize
 from rdd_lib.core import BadArgument, UnknownName, describe, generator_of
 from rdd_lib.data import load
-from rdd_lib.attacks.pgd import APGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.models import eval_mode
 from rdd_lib.attacks.fab import FAB, boundary_distance, to_plane, water_level
 from rdd_lib.attacks.threats import L2, Linf

@@ -9,7 +9,9 @@ from conftest import fit, needs
 from rdd_lib.core import BadArgument, describe, digest, generator_of, with_settings
 from rdd_lib.data import CIFAR10, ImageSet, load
 from rdd_lib.models import build
-from rdd_lib.attacks.pgd import PGD, attack_until_broken, margin
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.losses import margin
 from rdd_lib.models import eval_mode
 from rdd_lib.attacks.borrowed import from_torchattacks
 from rdd_lib.attacks.carlini_wagner import CW, to_pixels, to_tanh
