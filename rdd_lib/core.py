@@ -107,7 +107,13 @@ class Registry(Mapping):
         for home in self.homes:
             module = importlib.import_module(home)
             for part in pkgutil.iter_modules(getattr(module, "__path__", ())): importlib.import_module(f"{home}.{part.name}")
+        self.found = dict(sorted(self.found.items(), key=lambda item: self._place(item[1])))
         for point in entry_points(group=f"rdd_lib.{self.kind.replace(' ', '')}s"): self._enter(point)
+
+    def _place(self, thing):
+        "Which home's it is: things are listed in the order of the homes, whichever was imported first."
+        module = f"{getattr(thing, '__module__', None)}."
+        return next((i for i, home in enumerate(self.homes) if module.startswith(f"{home}.")), len(self.homes))
 
     def _enter(self, point):
         "What another package announces. A broken one is named and passed over."
