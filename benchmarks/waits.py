@@ -30,7 +30,8 @@ from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.certify.certificate import certify
 from rdd_lib.training.curvature import Curvature

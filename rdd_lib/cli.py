@@ -59,7 +59,8 @@ def _objectives():
     return [(name, told(name).replace(repr(Linf(.125)), "...").replace(repr(Linf(.25)), "... widened by the covering radius")) for name in OBJECTIVES]
 
 def _attacks():
-    from rdd_lib.attacks.autoattack import ATTACKS, attack_of
+    from rdd_lib.attacks.walk import ATTACKS
+    from rdd_lib.attacks.autoattack import attack_of
     from rdd_lib.attacks.threats import L2
     return [(name, repr(attack_of(name, L2(1.))).replace("L2(eps=1.0)", "...")) for name in ATTACKS]
 
@@ -265,9 +266,9 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
 def _until_written(out, model, test, judge, seed, device):
     "Where an evaluation is kept: beside the table until that is written, under a name of its own; in the cache, while it runs, where there is no table."
     from rdd_lib.core import device_of, digest
-    from rdd_lib.attacks.pgd import marks
+    from rdd_lib.attacks.until_broken import fingerprint
     if not out: return True
-    return out.with_name(f"{out.name}.{digest([marks(model), judge, test, seed, str(device_of(device))])}.checkpoint")
+    return out.with_name(f"{out.name}.{digest([fingerprint(model), judge, test, seed, str(device_of(device))])}.checkpoint")
 
 def _diagnosis(model, test, threat, seed, device):
     from rdd_lib.evaluation.diagnostics import diagnose

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.data import ImageSet
-from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.certify.certificate import certify, sandwich

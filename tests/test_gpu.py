@@ -32,8 +32,10 @@ from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness, three_at
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.cells import Protocol, score
 from rdd_lib.reproduce.store import CellKey, device_used
-from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
-from rdd_lib.attacks.autoattack import ATTACKS, attack_of
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.walk import ATTACKS
+from rdd_lib.attacks.autoattack import attack_of
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_bounds, sandwich
 from rdd_lib.training.curvature import Curvature

@@ -18,7 +18,8 @@ from rdd_lib.reproduce import cells as protocol
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.store import CellStore
 from rdd_lib import files
-from rdd_lib.attacks.pgd import PGD, attack_until_broken
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.certify.smoothing import Smoothed
 from rdd_lib.attacks.threats import Linf

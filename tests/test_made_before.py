@@ -26,7 +26,8 @@ from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.cells import Protocol, compressed, score
 from rdd_lib.reproduce.store import CellKey, CellStore
-from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.training.objectives import Adversarial

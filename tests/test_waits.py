@@ -9,7 +9,9 @@ from torch import nn
 from rdd_lib.augmentation import DSA
 from rdd_lib.core import BadArgument, RddError, check, check_values, generator_of, numbers, one_look, sent
 from rdd_lib.models import build, onto
-from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken, check_logits
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.losses import check_logits
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.attacks.fab import FAB
 from rdd_lib.certify.smoothing import Smoothed

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..core import RddError, batch_of, check, check_whole, device_of, lookup, progress, subseed
 from ..data import ImageSet
 from ..models import MLP, ConvNet, LeNet, Normalized
-from ..attacks.pgd import Attack, attack_until_broken, check_batch, check_logits
+from ..attacks.walk import Attack
+from ..attacks.until_broken import attack_until_broken
+from ..attacks.losses import check_batch, check_logits
 from ..models import eval_mode
 from ..training.objectives import hard, weighted_mean
 from ..attacks.threats import L2, Linf, Threat

@@ -18,7 +18,10 @@ from ..core import (BrokenFile, check, check_images, check_whole, device_of, dig
                           sent, subseed)
 from ..files import atomic, require_writable
 from ..intervals import check_alpha, clopper_pearson
-from ..attacks.pgd import PGD, Attack, check_answer, marks
+from ..attacks.pgd import PGD
+from ..attacks.walk import Attack
+from ..attacks.losses import check_answer
+from ..attacks.until_broken import fingerprint
 from ..models import eval_mode
 from .certificate import Sandwich, images_and_labels
 from ..training.objectives import Standard
@@ -128,7 +131,7 @@ class _Kept:
         if not path: return
         require_writable(path)                                                     # said now, not after the first image
         settings = [smoothed.sigma, smoothed.batch] + ([] if smoothed.noise == "cpu" else [smoothed.noise])
-        self.key = digest([marks(smoothed.model, x), str(device), list(sizes), seed, purpose, first, *settings], 32)
+        self.key = digest([fingerprint(smoothed.model, x), str(device), list(sizes), seed, purpose, first, *settings], 32)
         if not self.path.exists(): return
         try:
             with np.load(self.path, allow_pickle=False) as f: key, self.rows = str(f["key"]), [*torch.from_numpy(f["votes"])]

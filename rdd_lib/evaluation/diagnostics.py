@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from ..core import RddError, batch_of, check, check_whole, describe, device_of, lookup, progress, seeded, subseed
 from ..core import generator_of
 from ..data import ImageSet, sample
-from ..attacks.pgd import APGD, PGD, Attack, attack_until_broken, check_answer, check_logits, margin, slope
+from ..attacks.pgd import APGD, PGD
+from ..attacks.walk import Attack
+from ..attacks.until_broken import attack_until_broken
+from ..attacks.losses import check_answer, check_logits, margin, slope
 from ..models import eval_mode
 from ..attacks.autoattack import AutoAttack, attack_of
 from .outcome import evaluate

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check, check_whole, one_look, progress
 from ..core import generator_of
-from ..attacks.pgd import check_answer, check_batch, check_logits, slope
+from ..attacks.losses import check_answer, check_batch, check_logits, slope
 from ..models import eval_mode
 from ..training.curvature import unit
 from ..attacks.threats import spread

@@ -16,7 +16,10 @@ from ..files import save_table
 from ..intervals import wilson
 from ..data import ImageSet, check_classes
 from ..models import Net, Normalized
-from ..attacks.pgd import Attack, PGD, attack_until_broken, check_logits, margin
+from ..attacks.walk import Attack
+from ..attacks.pgd import PGD
+from ..attacks.until_broken import attack_until_broken
+from ..attacks.losses import check_logits, margin
 from ..models import eval_mode
 from ..attacks.autoattack import autoattack
 from ..training.objectives import Adversarial, Standard

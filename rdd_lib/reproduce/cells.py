@@ -28,7 +28,8 @@ from ..distill.trajectory import TrajectoryMatching, published
 from ..models import STATS, Net
 from .store import cell
 from ..attacks.pgd import PGD
-from ..attacks.autoattack import ATTACKS, attack_of
+from ..attacks.walk import ATTACKS
+from ..attacks.autoattack import attack_of
 from ..evaluation.outcome import rob_score, std_score
 from ..attacks.threats import Threat, Linf
 from ..training.trainer import Trainer

@@ -22,7 +22,8 @@ from ..distill.gradient import GradientMatching
 from .cells import READINGS, compressed, dataset, set_and_test
 from .tables import beside, to_text
 from .store import cell
-from ..attacks.pgd import APGD, PGD, Attack
+from ..attacks.pgd import APGD, PGD
+from ..attacks.walk import Attack
 from ..attacks.autoattack import autoattack
 from ..evaluation.outcome import evaluate
 from ..evaluation.landscape import curvature_of, plain_loss

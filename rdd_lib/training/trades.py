@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import check, check_whole
 from ..core import generator_of
-from ..attacks.pgd import slope
+from ..attacks.losses import slope
 from .objectives import check_search_mode, needs_second_look, searching, weighted_mean
 from ..attacks.threats import Threat
 

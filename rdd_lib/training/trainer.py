@@ -16,7 +16,8 @@ from ..core import (check, check_whole, device_of, generator_of, keep_heap, look
 from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net, takes_one
-from ..attacks.pgd import PGD, check_answer
+from ..attacks.pgd import PGD
+from ..attacks.losses import check_answer
 from ..certify.certificate import CertifiedTraining
 from .curvature import Curvature
 from .fast import Free, fast
