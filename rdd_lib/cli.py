@@ -197,7 +197,8 @@ def _verdict(outcome):
 
 def _floor(model, test, judge, outcome, device):
     "The certificate beside what the attack found on the same images."
-    from rdd_lib.certify.certificate import Sandwich, certify
+    from rdd_lib.evaluation.sandwich import Sandwich
+    from rdd_lib.certify.certificate import certify
     proof = certify(model, test, judge.threat, device=device)
     return Sandwich(judge.threat, proof.y, proof.predicted, proof.certified, outcome.survived, proof.margin, proof.method, judge.name)
 
@@ -232,7 +233,7 @@ def score(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or
     from rdd_lib.data import check_classes, load, sample
     from rdd_lib.models import Net
     from rdd_lib.attacks.autoattack import attack_of
-    from rdd_lib.certify.certificate import steps_of
+    from rdd_lib.certify.bounds import steps_of
     from rdd_lib.evaluation.outcome import evaluate
     from rdd_lib.files import WRITERS, save_table
     from rdd_lib.attacks.threats import threat_of

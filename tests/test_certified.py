@@ -11,8 +11,10 @@ from rdd_lib.models import Net, Normalized, build
 from rdd_lib.attacks.pgd import APGD, PGD
 from rdd_lib.models import eval_mode
 from rdd_lib.attacks.autoattack import autoattack
-from rdd_lib.certify.certificate import (LAYERS, METHODS, CertifiedTraining, Level, MaxPool, Relu, Sandwich, Standardise, _levels, certify, gamma, logit_bounds, margin_bounds, propagate, region, sandwich,
-                                      steps_of)
+from rdd_lib.certify.bounds import LAYERS, Level, MaxPool, Relu, Standardise, gamma, propagate, region, steps_of
+from rdd_lib.certify.certificate import METHODS, _levels, certify, logit_bounds, margin_bounds
+from rdd_lib.training.certified import CertifiedTraining
+from rdd_lib.evaluation.sandwich import Sandwich, sandwich
 from rdd_lib.training.objectives import Standard
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import Trainer

@@ -1,6 +1,5 @@
 """Smoothing: the interval of Clopper and Pearson, radii whose truth is known, streams that do not depend on batches, and the vote's own sandwich."""
 from math import inf
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -10,9 +9,12 @@ from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, ge
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net, build
 from rdd_lib.attacks.pgd import PGD
-from rdd_lib.certify.certificate import Sandwich
+from rdd_lib.evaluation.sandwich import Sandwich
 from rdd_lib.training.objectives import Standard
-from rdd_lib.certify.smoothing import Noisy, Smoothed, SoftVote, sandwich_smoothed
+from rdd_lib.training.certified import Noisy
+from rdd_lib.certify.smoothing import Smoothed, SoftVote
+from rdd_lib.evaluation.sandwich import sandwich_smoothed
+from rdd_lib.files import read_tensors
 from rdd_lib.intervals import clopper_pearson
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import Trainer
@@ -69,9 +71,12 @@ def test_streams_do_not_depend_on_neighbours():
     state = torch.get_rng_state(); s.certify(x, 20, 300, device="cpu"); assert torch.equal(state, torch.get_rng_state())
 
 
+def votes_in(path): return read_tensors(path, "votes")[0]["votes"]
+
+
 def test_a_killed_run_goes_on(tmp_path):
     net, x = line(torch.ones(4), 2.), torch.rand(6, 1, 2, 2, generator=generator_of(0))
-    path, s, asked = tmp_path / "votes.npz", Smoothed(net, .3), []
+    path, s, asked = tmp_path / "votes.safetensors", Smoothed(net, .3), []
 
     class Dies(nn.Module):
         def __init__(self): super().__init__(); self.net = net
@@ -81,7 +86,7 @@ def test_a_killed_run_goes_on(tmp_path):
             return self.net(x)
     dying = Smoothed(Dies(), .3)
     with pytest.raises(KeyboardInterrupt): dying.certify(x, 20, 200, device="cpu", checkpoint=path, every=0.)
-    assert path.exists() and len(np.load(path)["votes"]) == 3
+    assert path.exists() and len(votes_in(path)) == 3
     again = dying.certify(x, 20, 200, device="cpu", checkpoint=path, every=0.)
     assert torch.equal(again.share, s.certify(x, 20, 200, device="cpu").share)
     assert len(asked) == 7 + 6                                           # the three that were done were not asked again
@@ -89,7 +94,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert len(asked) == 7 + 6                                           # all votes stay in the file
     asked.clear(); path.unlink()
     with pytest.raises(KeyboardInterrupt): dying.certify(x, 20, 200, device="cpu", checkpoint=path)
-    assert len(np.load(path)["votes"]) == 1                              # at once, and then once a minute
+    assert len(votes_in(path)) == 1                              # at once, and then once a minute
     for bad in (0., 1., 5):
         for ask in (dying.certify, dying.predict):
             with pytest.raises(BadArgument, match="alpha must be in 0 ... 1"): ask(x, n=200, alpha=bad, device="cpu", checkpoint=path)

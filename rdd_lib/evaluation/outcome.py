@@ -11,21 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..core import batch_of, check, device_of, one_look, subseed
-from ..files import save_table
-from ..intervals import wilson
+from ..core import batch_of, check, check_one_of, device_of, one_look, subseed
 from ..data import ImageSet, check_classes
-from ..models import Net, Normalized
-from ..attacks.pgd import Attack, PGD, attack_until_broken, check_logits, margin
-from ..models import eval_mode
+from ..files import save_table
+from ..models import Net, Normalized, eval_mode
 from ..attacks.autoattack import autoattack
-from ..training.objectives import Adversarial, Standard
+from ..attacks.pgd import PGD, Attack, attack_until_broken, check_logits, margin
 from ..attacks.threats import Threat
+from ..certify.certificate import PerImage
+from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer, predict
 
 # %% ../../nbs/evaluation/50_outcome.ipynb #c85d38a0
 @dataclass(frozen=True, eq=False, repr=False)
-class Outcome:
+class Outcome(PerImage):
     "The result of one evaluation, one entry an image."
     y: Tensor              # (N,) true labels
     predicted: Tensor      # (N,) labels the model gives to the clean images
@@ -40,52 +39,53 @@ class Outcome:
     fingerprint: str = ""          # of the images: outcomes of the same images can be compared pair by pair
     checkpoint: Path | None = None # a file that holds the evaluation until it is saved
 
-    def __len__(self): return len(self.y)
-
-    @property
-    def correct(self) -> Tensor: return self.predicted == self.y
     @property
     def survived(self) -> Tensor: return self.by < 0
     @property
-    def std(self) -> float: return self.correct.double().mean().item()
+    def std(self) -> float: return self.share_of(self.correct)
     @property
-    def rob(self) -> float: return self.survived.double().mean().item()
+    def rob(self) -> float: return self.share_of(self.survived)
 
     def interval(self, which: str = "rob", level: float = .95) -> tuple[float, float]:
         "Wilson's interval of `std` or `rob`."
-        check(which in ("std", "rob"), f"which must be 'std' or 'rob', got {which!r}")
-        return wilson(int((self.correct if which == "std" else self.survived).sum()), len(self), level)
+        check_one_of("which", which, ("std", "rob"))
+        return self.interval_of(self.correct if which == "std" else self.survived, level)
 
     def per_class(self):
         "A table with a row a class: images, standard and robust accuracy."
         import pandas as pd
-        rows = [(self.classes[c], len(i), self.correct[i].double().mean().item(), self.survived[i].double().mean().item())
-                for c in range(len(self.classes)) if len(i := torch.nonzero(self.y == c).flatten())]
+        rows = []
+        for c, name in enumerate(self.classes):
+            own = self.y == c
+            if own.any(): rows.append((name, int(own.sum()), self.share_of(self.correct[own]), self.share_of(self.survived[own])))
         return pd.DataFrame(rows, columns=["class", "images", "std", "rob"])
 
     def table(self):
         "A table with a row an image: label, prediction, clean margin, what broke it, at which look, how far away."
         import pandas as pd
         by = [self.names[i] if i >= 0 else "" for i in self.by.tolist()]
-        columns = dict(image=range(len(self)), label=self.y, predicted=self.predicted, margin=self.margin, correct=self.correct, survived=self.survived,
-                       broken_by=by, step=self.step, distance=self.distance)
-        return pd.DataFrame({k: v.numpy() if torch.is_tensor(v) else v for k, v in columns.items() if v is not None})
+        columns = dict(image=range(len(self)), label=self.y, predicted=self.predicted, margin=self.margin,
+                       correct=self.correct, survived=self.survived, broken_by=by, step=self.step, distance=self.distance)
+        known = {k: v for k, v in columns.items() if v is not None}
+        return pd.DataFrame({k: v.numpy() if torch.is_tensor(v) else v for k, v in known.items()})
 
     def save(self, path: str | Path) -> Path:
-        "Write `table` to a .csv or .parquet file, whole or not at all, and remove the checkpoint. Raises `BadArgument` for another ending, `Unwritable`."
+        """Write `table` to a .csv or .parquet file, whole or not at all, and remove the checkpoint.
+
+        Raises `BadArgument` for another ending, `Unwritable`."""
         path = save_table(self.table(), path)
         if self.checkpoint: self.checkpoint.unlink(missing_ok=True)
         return path
 
     def plain(self) -> dict:
         "The counts that a table needs, as plain data."
-        broken = {name: int((self.by == n).sum()) for n, name in enumerate(self.names)}
-        return {"n": len(self), "std": self.std, "rob": self.rob, "std_hits": int(self.correct.sum()), "rob_hits": int(self.survived.sum()),
-                "broken_by": broken, "forward_samples": self.forward_samples}
+        return {"n": len(self), "std": self.std, "rob": self.rob,
+                "std_hits": int(self.correct.sum()), "rob_hits": int(self.survived.sum()),
+                "broken_by": {name: int((self.by == n).sum()) for n, name in enumerate(self.names)},
+                "forward_samples": self.forward_samples}
 
     def __repr__(self):
-        std, rob = (f"{getattr(self, w):.1%} ({self.interval(w)[0]:.1%} ... {self.interval(w)[1]:.1%})" for w in ("std", "rob"))
-        return f"Outcome({len(self)} images: std {std}, rob {rob})"
+        return f"Outcome({len(self)} images: std {self.told(self.correct)}, rob {self.told(self.survived)})"
 
 # %% ../../nbs/evaluation/50_outcome.ipynb #d07f6aa9
 def evaluate(model: nn.Module,
@@ -102,18 +102,24 @@ def evaluate(model: nn.Module,
     if isinstance(model, Normalized): check_classes(model.classes, data)
     device = device_of(device)
     model, x, y = model.to(device), data.images(device), data.y.to(device)
-    about = dict(y=data.y.cpu(), classes=tuple(data.classes), fingerprint=data.fingerprint)
-    if attack is None:
-        with one_look(), eval_mode(model):
-            logits = check_logits(predict(model, x, batch_of(batch, device), "evaluate"), y, "evaluate")
-        by = torch.where(logits.argmax(1) == y, -1, 0).cpu()
-        found = dict(by=by, step=by, distance=torch.zeros(len(data), dtype=torch.float64), names=("clean",), forward_samples=len(data))
-    else:
-        r = attack_until_broken(attack, model, x, y, subseed(seed, "attack"), batch, **run)
-        if run.get("checkpoint") not in (None, False, True): about["checkpoint"] = Path(run["checkpoint"])
-        logits, found = r.logits, dict(by=r.by.cpu(), step=r.step.cpu(), distance=r.distance.cpu(), names=tuple(r.names),
-                                       forward_samples=r.forward_samples, backward_samples=r.backward_samples)
-    return Outcome(predicted=logits.argmax(1).cpu(), margin=margin(logits, y).cpu(), **about, **found)
+    if attack is None: logits, found = _looked_at(model, x, y, batch_of(batch, device))
+    else: logits, found = _attacked(model, x, y, attack, subseed(seed, "attack"), batch, run)
+    return Outcome(y=data.y.cpu(), predicted=logits.argmax(1).cpu(), margin=margin(logits, y).cpu(),
+                   classes=tuple(data.classes), fingerprint=data.fingerprint, **found)
+
+def _looked_at(model, x, y, batch):
+    "Logits, and what an evaluation finds without an attack."
+    with one_look(), eval_mode(model): logits = check_logits(predict(model, x, batch, "evaluate"), y, "evaluate")
+    by = torch.where(logits.argmax(1) == y, -1, 0).cpu()
+    distance = torch.zeros(len(x), dtype=torch.float64)
+    return logits, dict(by=by, step=by, distance=distance, names=("clean",), forward_samples=len(x))
+
+def _attacked(model, x, y, attack, seed, batch, run):
+    r = attack_until_broken(attack, model, x, y, seed, batch, **run)
+    path = run.get("checkpoint")
+    return r.logits, dict(by=r.by.cpu(), step=r.step.cpu(), distance=r.distance.cpu(), names=tuple(r.names),
+                          forward_samples=r.forward_samples, backward_samples=r.backward_samples,
+                          checkpoint=None if path in (None, False, True) else Path(path))
 
 # %% ../../nbs/evaluation/50_outcome.ipynb #1b7b984c
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,6 +135,11 @@ class Score:
     def __repr__(self): return f"{100 * self.mean:.2f} ± {100 * self.sd:.2f} % over {len(self.values)} seeds"
 
 # %% ../../nbs/evaluation/50_outcome.ipynb #7aeba10f
+def _students(S, test, net, trainer, objective, judge, seeds, device):
+    "The outcome of one student a seed."
+    train = replace(trainer, objective=objective)
+    return tuple(evaluate(train(net, S, s, device), test, judge, s, device) for s in seeds)
+
 def std_score(S: ImageSet,                 # what is scored; `Compressed` or whole
               test: ImageSet,              # where the models are judged
               net: Net = Net("resnet18"),
@@ -138,7 +149,7 @@ def std_score(S: ImageSet,                 # what is scored; `Compressed` or who
              ) -> Score:
     "S^std(S): test accuracy of models trained on S by standard training (MCS paper, Definition 2 (1))."
     check_classes(S.classes, test)
-    outcomes = tuple(evaluate(replace(trainer, objective=Standard())(net, S, s, device), test, None, s, device) for s in seeds)
+    outcomes = _students(S, test, net, trainer, Standard(), None, seeds, device)
     return Score(tuple(o.std for o in outcomes), outcomes)
 
 # %% ../../nbs/evaluation/50_outcome.ipynb #cd3b6141
@@ -152,10 +163,11 @@ def rob_score(S: ImageSet,
               seeds=(0, 1, 2),
               device: str = "auto",
              ) -> Score:
-    "S^rob(epsilon, S): robust accuracy of models trained on S by adversarial training (MCS paper, Definition 2 (2))."
+    """S^rob(epsilon, S): robust accuracy of models trained on S by adversarial training
+    (MCS paper, Definition 2 (2))."""
     check_classes(S.classes, test)
     objective, judge = Adversarial(train_attack or PGD(threat)), attack or autoattack(threat, "paper")
-    check(objective.attack.threat == threat == judge.threat,
-          f"Definition 2 trains and attacks with one threat: got threat {threat}, train_attack {objective.attack.threat}, attack {judge.threat}")
-    outcomes = tuple(evaluate(replace(trainer, objective=objective)(net, S, s, device), test, judge, s, device) for s in seeds)
+    check(objective.attack.threat == threat == judge.threat, "Definition 2 trains and attacks with one threat: "
+          f"got threat {threat}, train_attack {objective.attack.threat}, attack {judge.threat}")
+    outcomes = _students(S, test, net, trainer, objective, judge, seeds, device)
     return Score(tuple(o.rob for o in outcomes), outcomes)

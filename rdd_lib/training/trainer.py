@@ -17,7 +17,7 @@ from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
 from ..models import Net, takes_one
 from ..attacks.pgd import PGD, check_answer
-from ..certify.certificate import CertifiedTraining
+from .certified import CertifiedTraining
 from .curvature import Curvature
 from .fast import Free, fast
 from .input_gradient import GradientPenalty
