@@ -38,7 +38,8 @@ from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.files import save_table
 from rdd_lib.attacks.fab import FAB
 from rdd_lib.training.objectives import Adversarial, Standard
-from rdd_lib.certify.smoothing import Noisy, Smoothed
+from rdd_lib.training.certified import Noisy
+from rdd_lib.certify.smoothing import Smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of

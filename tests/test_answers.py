@@ -8,12 +8,14 @@ from rdd_lib.data import ImageSet
 from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD, attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.attacks.carlini_wagner import CW
-from rdd_lib.certify.certificate import certify, sandwich
+from rdd_lib.certify.certificate import certify
+from rdd_lib.evaluation.sandwich import sandwich
 from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.attacks.fab import FAB, boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
-from rdd_lib.certify.smoothing import Smoothed, sandwich_smoothed
+from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.evaluation.sandwich import sandwich_smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import predict

@@ -35,14 +35,17 @@ from rdd_lib.reproduce.store import CellKey, device_used
 from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
 from rdd_lib.attacks.autoattack import ATTACKS, attack_of
 from rdd_lib.attacks.carlini_wagner import CW
-from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_bounds, sandwich
+from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_bounds
+from rdd_lib.evaluation.sandwich import sandwich
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.attacks.fab import boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
 from rdd_lib.training.objectives import cost, slowdown
-from rdd_lib.certify.smoothing import Noisy, Smoothed, sandwich_smoothed
+from rdd_lib.training.certified import Noisy
+from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.evaluation.sandwich import sandwich_smoothed
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
 

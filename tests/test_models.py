@@ -16,12 +16,12 @@ from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import MODELS, Net, takes_one
 from rdd_lib.attacks.pgd import PGD
-from rdd_lib.certify.certificate import CertifiedTraining
+from rdd_lib.training.certified import CertifiedTraining
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.training.input_gradient import GradientPenalty
 from rdd_lib.training.mart import Mart
 from rdd_lib.training.objectives import Adversarial, Standard
-from rdd_lib.certify.smoothing import Noisy
+from rdd_lib.training.certified import Noisy
 from rdd_lib.attacks.threats import L2, Linf, threat_of
 from rdd_lib.training.trades import Trades
 from rdd_lib.training.trainer import Trainer
