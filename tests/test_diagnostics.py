@@ -9,7 +9,8 @@ from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import APGD, PGD, cross_entropy
-from rdd_lib.evaluation.diagnostics import CHECKS, Effort, Limits, diagnose, draw_sweep, eps_sweep, needed
+from rdd_lib.evaluation.checks import CHECKS, Effort, Limits, needed
+from rdd_lib.evaluation.diagnostics import diagnose, draw_sweep, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.intervals import wilson
 from rdd_lib.evaluation.landscape import curvature_of, draw_surface, loss_surface

@@ -88,7 +88,7 @@ def margin_bounds(model: nn.Module, x: Tensor,
 
 # %% ../../nbs/certify/31_certificate.ipynb #4c3e1654
 class PerImage:
-    "A record with one entry an image, `y` and `predicted` among them: shares of the images, each with Wilson's interval."
+    "A record with an entry an image, `y` and `predicted` among them: shares of the images with Wilson's intervals."
     def __len__(self): return len(self.y)
 
     @property
@@ -143,8 +143,8 @@ def certify(model: nn.Module,
             device: str = "auto",
             batch: int | None = None,    # images at a time; None: 50, on a GPU 200
            ) -> Certificate:
-    """For which images it is proven that no image of the ball is misclassified. The model is moved to `device` and stays
-    there; in eval mode for this, its modes are left as they were.
+    """For which images it is proven that no image of the ball is misclassified. The model is moved to `device` and
+    stays there; in eval mode for this, its modes are left as they were.
 
     The proof is about convolutions that are sums of products, as the model is asked here (without cuDNN, oneDNN and
     NNPACK): on a GPU it is strict only for a model that runs without Winograd or FFT convolutions, TF32 and autocast.
@@ -161,8 +161,8 @@ def certify(model: nn.Module,
 
 @contextmanager
 def _plain_sums():
-    """Convolutions as sums of products, which is what `gamma` is about: without the libraries that may choose Winograd's
-    or Fourier transforms."""
+    """Convolutions as sums of products, which is what `gamma` is about: without the libraries that may choose
+    Winograd's or Fourier transforms."""
     from torch.backends import cudnn, mkldnn, nnpack
     with cudnn.flags(enabled=False), mkldnn.flags(enabled=False, allow_tf32=None), nnpack.flags(enabled=False): yield
 
@@ -172,7 +172,8 @@ def _certify(model, x, y, threat, method):
     if threat.eps == 0:          # the ball is the image: the network's own answer is the proof
         return predicted, own.scatter(1, y[:, None], torch.inf), predicted == y
     margins = margin_bounds(model, x, y, threat, method)
-    check(bool((margins <= own).all()), "the model's own logits leave the bounds of its layers: it computes more coarsely "
-          "than its parameters' type says (TF32, autocast), or does what its layers do not show (a hook)", RddError)
+    check(bool((margins <= own).all()),
+          "the model's own logits leave the bounds of its layers: it computes more coarsely than its parameters' type "
+          "says (TF32, autocast), or does what its layers do not show (a hook)", RddError)
     margins = margins.scatter(1, y[:, None], torch.inf)
     return predicted, margins, margins.amin(1) > 0
