@@ -10,7 +10,8 @@ from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.certify.certificate import certify
 from rdd_lib.evaluation.sandwich import sandwich
-from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
+from rdd_lib.evaluation.checks import Effort
+from rdd_lib.evaluation.diagnostics import diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.attacks.fab import FAB, boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface

@@ -38,7 +38,8 @@ from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_bounds
 from rdd_lib.evaluation.sandwich import sandwich
 from rdd_lib.training.curvature import Curvature
-from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
+from rdd_lib.evaluation.checks import Effort
+from rdd_lib.evaluation.diagnostics import diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.attacks.fab import boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
