@@ -286,7 +286,8 @@ def propagate(steps: list, ball: Region,
               refine=None,                 # (levels, lo, hi) -> tighter lo, hi before each step that is not affine
              ):                            # levels, and lo, hi of the output
     "Interval bounds through every step (Gowal et al. 2018, eq. 6)."
-    lo, hi, levels = ball.lo, ball.hi, []
+    lo, hi = ball.lo, ball.hi
+    levels = []
     flat = None if ball.radius is None else (ball.x, torch.ones_like(ball.x), torch.zeros_like(ball.x))
     for step in steps:
         affine = isinstance(step, Affine)

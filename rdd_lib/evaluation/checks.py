@@ -31,7 +31,8 @@ def needed(n: int,             # images looked at
     check_whole("n", n)
     check(0 < share < 1 and 0 < level < 1,
           f"share and level must lie between 0 and 1, got share={share!r}, level={level!r}")
-    tail, log, odds = 1., math.lgamma(n + 1) + n * math.log1p(-share), math.log(share) - math.log1p(-share)
+    log, odds = math.lgamma(n + 1) + n * math.log1p(-share), math.log(share) - math.log1p(-share)
+    tail = 1.
     for k in range(n + 1):
         if tail < level: return k
         tail -= math.exp(log - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * odds)
@@ -130,12 +131,6 @@ class Case:
         else: broken = self.fell(self.attack, "attack")
         return (~broken).nonzero()[:, 0]
 
-    @property
-    def robust(self) -> int:
-        "How many images the attack leaves; -1 if no check has asked."
-        if not len(self.right): return 0
-        return len(self.left) if "left" in vars(self) else -1
-
     @cached_property
     def slopes(self):
         "Each image's margin and its gradient."
@@ -184,7 +179,8 @@ def _batch_dependence(c):
 
 # %% ../../nbs/evaluation/52_checks.ipynb #55a56904
 def _step_function(c):
-    tiny, here, g = replace(c.threat, eps=c.threat.eps / 1000), c.logits_at(c.x), c.draws("steps")
+    tiny, g = replace(c.threat, eps=c.threat.eps / 1000), c.draws("steps")
+    here = c.logits_at(c.x)
     same = torch.stack([(c.logits_at(tiny.random_edge(c.x, g)) == here).all(1) for _ in range(3)]).any(0)
     return c.against(c.limits.flat, same.sum())
 

@@ -111,7 +111,8 @@ def _drawn(a, b, draws, rng):
     extremes = np.array([[1] * sa + [0] * sb, [0] * sa + [1] * sb, [1] * (sa + sb), [0] * (sa + sb)])
     kinds = np.concatenate([kinds, extremes]).astype(float)
     count = np.concatenate([count, np.full(4, .5)])
-    n, room, out = round(count.sum()), max(1, 10**7 // len(count)), []
+    n, room = round(count.sum()), max(1, 10**7 // len(count))
+    out = []
     for size in [room] * (draws // room) + [draws % room]:           # in parts: many students have many patterns
         accuracy = rng.multinomial(n, count / n, size=size) @ kinds / n
         out.append(_mixed(accuracy[:, :sa], rng) - _mixed(accuracy[:, sa:], rng))

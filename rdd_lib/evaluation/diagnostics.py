@@ -136,7 +136,12 @@ def diagnose(model,                         # images in [0, 1] -> logits; judged
     with seeded(subseed(seed, "clean")): check_logits(c.logits.nan_to_num(), c.all_y, "diagnose")
     findings = _findings(c, [name for name in CHECKS if name in only or not only])
     name = "apgd-ce+apgd-dlr" if attack is None else attack.name
-    return Diagnosis(threat, name, len(c.all_y), len(c.right), c.robust, seed, tuple(findings))
+    return Diagnosis(threat, name, len(c.all_y), len(c.right), _robust(c), seed, tuple(findings))
+
+def _robust(c):
+    "How many images the attack leaves; -1 if no check has asked."
+    if not len(c.right): return 0
+    return len(c.left) if "left" in vars(c) else -1
 
 def _findings(c, names):
     "One a check; where logits are not numbers, that is said though nobody asked, and nothing else is examined."
