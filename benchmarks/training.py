@@ -19,9 +19,11 @@ from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD
 from rdd_lib.training.curvature import Curvature, cure
 from rdd_lib.training.input_gradient import GradientPenalty
-from rdd_lib.training.objectives import Adversarial, Standard, cost, slowdown
+from rdd_lib.training.objectives import Adversarial, Standard
+from rdd_lib.training.cost import cost, slowdown
 from rdd_lib.attacks.threats import Linf
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
+from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.trainer import Trainer
 
 EPS, STEP, BATCH, LR = .1, .025, 50, .01
 NETS = {"convnet, width 8": Net("convnet", dict(width=8)), "lenet": Net("lenet")}

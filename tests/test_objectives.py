@@ -14,10 +14,12 @@ from rdd_lib.training.curvature import Curvature, cure, unit
 from rdd_lib.training.fast import Free, fast
 from rdd_lib.training.input_gradient import GradientPenalty
 from rdd_lib.training.mart import Mart, boosted
-from rdd_lib.training.objectives import Adversarial, Standard, cost, depends_on_mode, generalized, hard, searching, session_of
+from rdd_lib.training.objectives import Adversarial, Standard, depends_on_mode, generalized, hard, searching, session_of
+from rdd_lib.training.cost import cost
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trades import Trades, divergence
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, batches, objective_of
+from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.trainer import Trainer, batches
 
 THREATS = [Linf(.1), L2(.5)]
 PENALTIES = {"curvature": Curvature(2., .7), "sign": cure(2., .7), "gradient l2": GradientPenalty(.5), "gradient l1": GradientPenalty(.05, 1),
@@ -215,11 +217,11 @@ def test_two_trainings_of_one_free_do_not_share_a_perturbation():
 
 def test_the_trainer_replays_batches_and_counts_every_replay_as_a_step():
     data, seen = sample(load("mnist5k"), 60), []
-    Trainer(Free(Linf(.1), 3), steps=7, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda i, logits: seen.append(tuple(i.tolist())))
+    Trainer(Free(Linf(.1), 3), steps=7, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda step: seen.append(tuple(step.rows.tolist())))
     plain = [tuple(i.tolist()) for i, _ in zip(batches(60, 20, generator_of(0, "order")), range(3))]
     assert seen == [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]]
     seen.clear()
-    Trainer(Free(Linf(.1), 3), epochs=3, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda i, logits: seen.append(tuple(i.tolist())))
+    Trainer(Free(Linf(.1), 3), epochs=3, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda step: seen.append(tuple(step.rows.tolist())))
     assert len(seen) == 9 and len(set(seen)) == 3                                  # three epochs' worth of steps, one pass over the data
 
 

@@ -9,9 +9,9 @@ __all__ = ['VARIANTS', 'DIRECTIONS', 'unit', 'losses_at', 'clean_and_probed', 'i
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from ..core import check, lookup
-from .objectives import check_search_mode, needs_second_look, searching, weighted_mean
+from torch import Tensor
+from ..core import check_number, lookup
+from .objectives import OBJECTIVES, Objective, needs_second_look, searching, weighted_mean
 from ..attacks.threats import spread
 
 # %% ../../nbs/training/43_curvature.ipynb #cc63dc7b
@@ -29,7 +29,11 @@ def losses_at(model,
     "Each image's cross-entropy."
     return F.cross_entropy(model(x), y, reduction="none")
 
-def clean_and_probed(model, x, y, mode: str) -> tuple[Tensor, Tensor, Tensor]:  # x as a leaf; (B,) losses to train on; (B,) losses to differentiate
+def clean_and_probed(model,
+                     x: Tensor,                     # (B, ...)
+                     y: Tensor,                     # (B,) labels, or (B, K) class probabilities
+                     mode: str,                     # of the search: "eval" or "train"
+                    ) -> tuple[Tensor, Tensor, Tensor]:   # x as a leaf; (B,) losses to train on; (B,) losses to differentiate
     "The losses at x, in the model's own mode and in that of the search: the same tensor, so one pass, where the two agree."
     x = x.detach().requires_grad_()
     clean = losses_at(model, x, y)
@@ -45,11 +49,14 @@ def input_gradient(losses: Tensor,  # (B,)
     return torch.autograd.grad(losses.sum(), x, create_graph=graph, retain_graph=True)[0]
 
 # %% ../../nbs/training/43_curvature.ipynb #b455dcd6
-def _paper(far, x_far, near, g, w):
-    return weighted_mean((input_gradient(far, x_far, True) - g).square().flatten(1).sum(1), w)
+def _turn(far, x_far, g):
+    "What the gradient changes by, a row an image."
+    return (input_gradient(far, x_far, True) - g).flatten(1)
+
+def _paper(far, x_far, near, g, w): return weighted_mean(_turn(far, x_far, g).square().sum(1), w)
 
 def _authors_cifar(far, x_far, near, g, w):
-    return weighted_mean(torch.linalg.vector_norm((input_gradient(far, x_far, True) - g).flatten(1), dim=1), w) / len(g)
+    return weighted_mean(torch.linalg.vector_norm(_turn(far, x_far, g), dim=1), w) / len(g)
 
 def _authors_imagenet(far, x_far, near, g, w): return weighted_mean(far - near, w).abs()
 
@@ -58,7 +65,7 @@ DIRECTIONS = {"gradient": unit, "sign": lambda g: unit(g.sign())}
 
 # %% ../../nbs/training/43_curvature.ipynb #d6c88f53
 @dataclass(frozen=True)
-class Curvature:
+class Curvature(Objective):
     "l(x) + lam ||grad l(x + hz) - grad l(x)||^2, z the input gradient scaled to length 1: GUARD's l_R (Xue et al. 2025, eq. 8)."
     lam: float = 1.               # lambda: weight of the penalty
     h: float = 1.5                # length of the probe hz, l2, pixel units
@@ -67,27 +74,24 @@ class Curvature:
     search_mode: str = "eval"     # state of batch norm and dropout in the penalty: "eval" or "train"
 
     def __post_init__(self):
-        check(self.lam >= 0, f"lam must be >= 0, got {self.lam!r}")
-        check(self.h > 0, f"h must be above 0, got {self.h!r}")
+        super().__post_init__()
+        check_number("lam", self.lam, 0)
+        check_number("h", self.h, above=0)
         lookup(self.variant, VARIANTS, "variant of the curvature penalty")
         lookup(self.direction, DIRECTIONS, "direction of the probe")
-        check_search_mode(self.search_mode)
 
     @property
     def per_image(self): return self.variant == "paper"        # the authors' two look at the batch as a whole
 
     @torch.enable_grad()
-    def __call__(self, model: nn.Module,
-                 x: Tensor,                # (B, C, H, W) in [0, 1]
-                 y: Tensor,                # (B,) labels, or (B, K) class probabilities
-                 w: Tensor | None = None,  # (B,) weights of mean 1
-                 generator: torch.Generator | None = None,  # not used: nothing is drawn
-                ) -> Tensor:
+    def __call__(self, model, x, y, w=None, generator=None):
         x, clean, near = clean_and_probed(model, x, y, self.search_mode)
         g = input_gradient(near, x, graph=self.variant != "authors_imagenet")
         x_far = (x + self.h * DIRECTIONS[self.direction](g)).detach().requires_grad_()
         with searching(model, self.search_mode): far = losses_at(model, x_far, y)
         return weighted_mean(clean, w) + self.lam * VARIANTS[self.variant](far, x_far, near, g, w)
+
+OBJECTIVES.add("curvature", lambda threat: Curvature())
 
 # %% ../../nbs/training/43_curvature.ipynb #fab0b0bd
 def cure(lam: float = 4., h: float = 1.5, **settings) -> Curvature:

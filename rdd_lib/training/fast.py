@@ -9,9 +9,9 @@ __all__ = ['fast', 'Free', 'FreeSession']
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ..core import BadArgument, check, check_whole
+from ..core import BadArgument, check, check_number, check_whole
 from ..attacks.pgd import PGD
-from .objectives import Adversarial, Standard
+from .objectives import OBJECTIVES, Adversarial, Objective, Standard
 from ..attacks.threats import L2, Linf, Threat, spread
 
 # %% ../../nbs/training/45_fast.ipynb #badfa64e
@@ -20,12 +20,13 @@ def fast(threat: Threat,
          search_mode: str = "eval",   # state of batch norm and dropout while searching: "eval" or "train" (the authors' code)
         ) -> Adversarial:
     "FGSM-RS, fast adversarial training: one step of 1.25 eps from a random point of the ball (Wong et al. 2020, algorithm 3)."
-    check(step > 0, f"step must be above 0, got {step!r}")
+    check_number("step", step, above=0)
     return Adversarial(PGD(threat, steps=1, step_size=step * threat.eps or None), search_mode=search_mode)
 
 # %% ../../nbs/training/45_fast.ipynb #1e1f7a44
+@OBJECTIVES.add("free")
 @dataclass(frozen=True)
-class Free:
+class Free(Objective):
     """Free adversarial training (Shafahi et al. 2019, algorithm 1): a perturbation that lives on from step to step, moved by the
     backward pass that trains the network. Called through `session()`, which holds the perturbation."""
     threat: Threat
@@ -35,24 +36,30 @@ class Free:
     def __post_init__(self):
         check(isinstance(self.threat, (Linf, L2)), f"threat must be Linf or L2, got {self.threat!r}")
         check_whole("replays", self.replays)
-        check(self.step_size is None or self.step_size > 0, f"step_size must be above 0 or None (eps), got {self.step_size!r}")
+        if self.step_size is not None: check_number("step_size", self.step_size, above=0)
 
     def session(self) -> "FreeSession": return FreeSession(self)
 
-    def __call__(self, model, x, y, w=None, generator=None):
-        raise BadArgument("Free keeps a perturbation from step to step: call what Free(...).session() returns, as Trainer does")
+    def losses(self, model, x, y, generator):
+        raise BadArgument("Free keeps a perturbation from step to step: "
+                          "call what Free(...).session() returns, as Trainer does")
 
     def cut(self, delta: Tensor) -> Tensor:
         "`delta` brought back into the ball around 0. No image's [0, 1] cuts it: it will be laid on other images."
         eps = self.threat.eps
         if isinstance(self.threat, Linf): return delta.clamp(-eps, eps)
-        return delta * (eps / spread(self.threat.norm(delta), delta).clamp_min(max(eps, torch.finfo(delta.dtype).tiny)))
+        length = spread(self.threat.norm(delta), delta)
+        return delta * (eps / length.clamp_min(max(eps, torch.finfo(delta.dtype).tiny)))
+
+OBJECTIVES.add("fast", fast)
 
 # %% ../../nbs/training/45_fast.ipynb #c25abd08
 class FreeSession:
     "One training's worth of `Free`: `(model, x, y, w) -> loss`; `loss.backward()` moves `delta`, row i of a batch being row i of the next."
     def __init__(self, free: Free):
-        self.free, self.delta, self.waiting = free, None, False
+        self.free = free
+        self.delta = None
+        self.waiting = False       # for the backward pass of the last loss
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, w: Tensor | None = None, generator=None) -> Tensor:
         check(not self.waiting, "Free moves its perturbation in loss.backward(), and the last loss never went there")
@@ -69,5 +76,7 @@ class FreeSession:
         return self.delta[:len(x)]
 
     def _move(self, grad):
-        n, size, self.waiting = len(grad), self.free.step_size or self.free.threat.eps, False
-        self.delta[:n] = self.free.cut(self.delta[:n] + size * self.free.threat.direction(grad.detach() * n))
+        self.waiting = False
+        n, size = len(grad), self.free.step_size or self.free.threat.eps
+        step = size * self.free.threat.direction(grad.detach() * n)
+        self.delta[:n] = self.free.cut(self.delta[:n] + step)

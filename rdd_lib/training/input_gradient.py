@@ -8,40 +8,39 @@ __all__ = ['GradientPenalty']
 # %% ../../nbs/training/44_input_gradient.ipynb #298226cd
 from dataclasses import dataclass
 import torch
-from torch import Tensor, nn
-from ..core import check
+from ..core import check_number, check_one_of
+from ..attacks.threats import L2
 from .curvature import clean_and_probed, input_gradient, losses_at, unit
-from .objectives import check_search_mode, searching, weighted_mean
+from .objectives import OBJECTIVES, Objective, searching
 
 # %% ../../nbs/training/44_input_gradient.ipynb #81620570
 @dataclass(frozen=True)
-class GradientPenalty:
-    "l(x) + lam ||grad l(x)||^2: a loss that is flat around the images (Drucker & Le Cun 1992; Ross & Doshi-Velez 2018; Finlay & Oberman 2021)."
-    per_image = True              # as in `Standard`: may be computed in parts
+class GradientPenalty(Objective):
+    """l(x) + lam ||grad l(x)||^2: a loss that is flat around the images
+    (Drucker & Le Cun 1992; Ross & Doshi-Velez 2018; Finlay & Oberman 2021)."""
     lam: float = .1               # weight of the penalty
     norm: int = 2                 # of the gradient: the dual of the threat's, 2 for L2, 1 for Linf
     h: float | None = None        # None: the exact gradient, differentiated twice; else a finite difference over h, in the threat's norm, pixel units
     search_mode: str = "eval"     # state of batch norm and dropout in the penalty: "eval" or "train"
 
     def __post_init__(self):
-        check(self.lam >= 0, f"lam must be >= 0, got {self.lam!r}")
-        check(self.norm in (1, 2), f"norm must be 1 or 2, got {self.norm!r}")
-        check(self.h is None or self.h > 0, f"h must be above 0 or None (the exact gradient), got {self.h!r}")
-        check_search_mode(self.search_mode)
+        super().__post_init__()
+        check_number("lam", self.lam, 0)
+        check_one_of("norm", self.norm, (1, 2))
+        if self.h is not None: check_number("h", self.h, above=0)
 
     @torch.enable_grad()
-    def __call__(self, model: nn.Module,
-                 x: Tensor,                # (B, C, H, W) in [0, 1]
-                 y: Tensor,                # (B,) labels, or (B, K) class probabilities
-                 w: Tensor | None = None,  # (B,) weights of mean 1
-                 generator: torch.Generator | None = None,  # not used: nothing is drawn
-                ) -> Tensor:
+    def losses(self, model, x, y, generator):
         x, clean, near = clean_and_probed(model, x, y, self.search_mode)
         g = input_gradient(near, x, graph=self.h is None)
-        steepness = torch.linalg.vector_norm(g.flatten(1), self.norm, dim=1) if self.h is None else self._slope(model, x, y, near, g)
-        return weighted_mean(clean + self.lam * steepness.square(), w)
+        return clean + self.lam * self._steepness(model, x, y, near, g).square()
 
-    def _slope(self, model, x, y, near, g):
-        "The rise of the loss over a step of length h along the steepest ascent, per unit of length (Finlay & Oberman 2021)."
+    def _steepness(self, model, x, y, near, g):
+        "The length of the gradient, or the rise over a step of length h along the steepest ascent, per unit of length."
+        if self.h is None: return torch.linalg.vector_norm(g.flatten(1), self.norm, dim=1)
         z = unit(g) if self.norm == 2 else g.sign()
-        with searching(model, self.search_mode): return (losses_at(model, (x + self.h * z).detach(), y) - near) / self.h
+        with searching(model, self.search_mode): far = losses_at(model, (x + self.h * z).detach(), y)
+        return (far - near) / self.h
+
+@OBJECTIVES.add("gradient")
+def _dual(threat): return GradientPenalty(norm=2) if isinstance(threat, L2) else GradientPenalty(.0003, norm=1)

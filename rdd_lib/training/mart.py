@@ -9,10 +9,10 @@ __all__ = ['boosted', 'Mart']
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from ..core import check
+from torch import Tensor
+from ..core import check, check_number
 from ..attacks.pgd import PGD
-from .objectives import check_search_mode, searching, weighted_mean
+from .objectives import OBJECTIVES, Objective, searching
 from .trades import divergence
 
 # %% ../../nbs/training/42_mart.ipynb #39daabdc
@@ -26,25 +26,23 @@ def boosted(logits: Tensor,  # (B, K)
 
 # %% ../../nbs/training/42_mart.ipynb #2e499adf
 @dataclass(frozen=True)
-class Mart:
+class Mart(Objective):
     "Boosted cross-entropy at x' plus lam KL(p(x) || p(x')) (1 - p_y(x)): misclassified images count most (Wang et al. 2020, section 3)."
-    per_image = True              # as in `Standard`: may be computed in parts
     attack: PGD                     # finds x': any attack that climbs to the end
     lam: float = 5.                 # lambda: weight of the KL
     search_mode: str = "eval"       # state of batch norm and dropout while searching: "eval" or "train"
 
     def __post_init__(self):
-        check(self.lam >= 0, f"lam must be >= 0, got {self.lam!r}")
-        check_search_mode(self.search_mode)
+        super().__post_init__()
+        check_number("lam", self.lam, 0)
 
-    def __call__(self, model: nn.Module,
-                 x: Tensor,                # (B, C, H, W) in [0, 1]
-                 y: Tensor,                # (B,) labels; soft labels are refused
-                 w: Tensor | None = None,  # (B,) weights of mean 1
-                 generator: torch.Generator | None = None,  # of the attack's random starts
-                ) -> Tensor:
-        check(y.dim() == 1, f"Mart asks how sure the model is of the right class, so y must hold one label an image; got soft labels of shape {tuple(y.shape)}")
+    def losses(self, model, x, y, generator):
+        check(y.dim() == 1,
+              "Mart asks how sure the model is of the right class, so y must hold one label an image; "
+              f"got soft labels of shape {tuple(y.shape)}")
         with searching(model, self.search_mode): x_adv = self.attack(model, x, y, generator)
         clean, moved = model(x), model(x_adv)
         doubt = 1 - clean.softmax(1).gather(1, y[:, None])[:, 0]
-        return weighted_mean(boosted(moved, y) + self.lam * divergence(clean, moved) * doubt, w)
+        return boosted(moved, y) + self.lam * divergence(clean, moved) * doubt
+
+OBJECTIVES.add("mart", lambda threat: Mart(PGD(threat)))

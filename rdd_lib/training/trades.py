@@ -9,11 +9,10 @@ __all__ = ['divergence', 'Trades']
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from ..core import check, check_whole
-from ..core import generator_of
+from torch import Tensor
+from ..core import check_number, check_whole, generator_of
 from ..attacks.pgd import slope
-from .objectives import check_search_mode, needs_second_look, searching, weighted_mean
+from .objectives import OBJECTIVES, Objective, needs_second_look, searching
 from ..attacks.threats import Threat
 
 # %% ../../nbs/training/41_trades.ipynb #aed3eca9
@@ -24,10 +23,10 @@ def divergence(p: Tensor,     # (B, K) logits
     return F.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 # %% ../../nbs/training/41_trades.ipynb #324cf5dd
+@OBJECTIVES.add("trades")
 @dataclass(frozen=True)
-class Trades:
+class Trades(Objective):
     "Cross-entropy at x plus beta KL(p(x) || p(x')), x' the point of the ball where the KL is largest (Zhang et al. 2019, algorithm 1)."
-    per_image = True              # as in `Standard`: may be computed in parts
     threat: Threat
     beta: float = 6.                 # weight of the KL: 1 / lambda in the paper
     steps: int = 10                  # of the climb
@@ -36,37 +35,35 @@ class Trades:
     search_mode: str = "eval"        # state of batch norm and dropout while searching: "eval" or "train"
 
     def __post_init__(self):
-        check(self.beta >= 0, f"beta must be >= 0, got {self.beta!r}")
+        super().__post_init__()
+        check_number("beta", self.beta, 0)
         check_whole("steps", self.steps)
-        check(self.step_size is None or self.step_size > 0, f"step_size must be above 0 or None (eps / 4), got {self.step_size!r}")
-        check(self.noise > 0, f"noise must be above 0 (at x the KL has no slope), got {self.noise!r}")
-        check_search_mode(self.search_mode)
+        if self.step_size is not None: check_number("step_size", self.step_size, above=0)
+        check_number("noise", self.noise, above=0)
 
-    def __call__(self, model: nn.Module,
-                 x: Tensor,                # (B, C, H, W) in [0, 1]
-                 y: Tensor,                # (B,) labels, or (B, K) class probabilities; the climb does not look at them
-                 w: Tensor | None = None,  # (B,) weights of mean 1
-                 generator: torch.Generator | None = None,  # of the starting points
-                ) -> Tensor:
+    def losses(self, model, x, y, generator):
         logits, again = model(x), needs_second_look(model, self.search_mode)
         with searching(model, self.search_mode):
             with torch.no_grad(): target = model(x) if again else logits.detach()
             x_adv = self.climb(model, x, target, generator)
-        return weighted_mean(F.cross_entropy(logits, y, reduction="none") + self.beta * divergence(logits, model(x_adv)), w)
+        return F.cross_entropy(logits, y, reduction="none") + self.beta * divergence(logits, model(x_adv))
 
     def climb(self, model,
               x: Tensor,         # (B, ...) in [0, 1]
               target: Tensor,    # (B, K) logits at x
               generator: torch.Generator | None = None,
              ) -> Tensor:        # (B, ...) in [0, 1], within the ball
-        "Ascent on KL(softmax(target) || p(x')), from a point beside x; the last iterate, as published."
-        if self.threat.eps == 0: return x.detach()
-        at = self._start(x.detach(), generator_of(0 if generator is None else generator))
+        "Ascent on KL(softmax(target) || p(x')), from a point beside x; the last iterate, as published. The labels play no part."
+        x = x.detach()
+        if self.threat.eps == 0: return x
+        at = self._start(x, generator_of(0 if generator is None else generator))
+        size = self.threat.eps / 4 if self.step_size is None else self.step_size
         for _ in range(self.steps):
             at = at.requires_grad_()
             with torch.enable_grad(): gap = divergence(target, model(at))
-            at = self.threat.ascend(x.detach(), at.detach(), slope(gap, at), self.threat.eps / 4 if self.step_size is None else self.step_size)
+            at = self.threat.ascend(x, at.detach(), slope(gap, at), size)
         return self.threat.check(x, at, "the result of Trades")
 
     def _start(self, x, g):
-        return self.threat.project(x, x + self.noise * torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device))
+        noise = torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device)
+        return self.threat.project(x, x + self.noise * noise)
