@@ -41,7 +41,8 @@ from rdd_lib.training.objectives import Adversarial, Standard
 from rdd_lib.certify.smoothing import Noisy, Smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
+from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.trainer import Trainer
 
 GPU, NET = "cuda", Net("convnet", dict(width=2, depth=1))
 
@@ -61,8 +62,8 @@ def judged():
 
 # ---- flows: name -> a function that takes n steps ------------------------------------------------------------------
 
-def training(objective, log=False, **settings):
-    return lambda n: Trainer(objective, steps=n, batch=12, **settings)(NET, data(), 0, GPU, log=[] if log else None)
+def training(objective, watch=None, **settings):
+    return lambda n: Trainer(objective, steps=n, batch=12, **settings)(NET, data(), 0, GPU, watch)
 
 def objectives():
     made = {k: objective_of(k, Linf(.1), **({"eta": .1} if k == "generalized" else {})) for k in OBJECTIVES}
@@ -73,7 +74,7 @@ def proxied(n): signals(data(), Proxy(NET, Trainer(steps=n, batch=12)), device=G
 
 TRAININGS = {name: training(o) for name, o in objectives().items()} | {
     "augmented": training(Standard(), augment="color_crop_cutout_flip_scale_rotate"),
-    "with log=": training(Standard(), log=True), "of a proxy": proxied}
+    "watched": training(Standard(), watch=lambda step: step.loss.item()), "of a proxy": proxied}
 
 TINY, SHORT = Linf(1e-6), L2(1e-6)                           # within which nothing breaks
 ATTACKS = {"pgd": lambda n: PGD(TINY, n), "pgd, l2": lambda n: PGD(SHORT, n), "mifgsm": lambda n: MIFGSM(TINY, n),

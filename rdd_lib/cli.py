@@ -54,7 +54,7 @@ def _models():
 
 def _objectives():
     from rdd_lib.attacks.threats import Linf
-    from rdd_lib.training.trainer import OBJECTIVES, objective_of
+    from rdd_lib.training.objectives import OBJECTIVES, objective_of
     def told(name): return repr(objective_of(name, Linf(.125), .125 if name == "generalized" else None))
     return [(name, told(name).replace(repr(Linf(.125)), "...").replace(repr(Linf(.25)), "... widened by the covering radius")) for name in OBJECTIVES]
 
@@ -176,7 +176,7 @@ def show(path: Path = typer.Argument(help="a file that `rdd compress` wrote, or 
 # %% ../nbs/90_cli.ipynb #da5763f8
 def _objective(train, threat, S, eta, settings):
     "The objective called `train`, with the `objective.name=value` of the settings."
-    from rdd_lib.training.trainer import objective_of
+    from rdd_lib.training.objectives import objective_of
     check(eta == 0 or train == "generalized", f"--eta belongs to --train generalized, got --eta {eta} with --train {train}")
     check(train != "generalized" or S.weights is not None, "--train generalized needs a set with weights (q of Definition 5); this one has none")
     return objective_of(train, threat, eta if train == "generalized" else None, **{k.removeprefix("objective."): v for k, v in settings.items()})

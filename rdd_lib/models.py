@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'MNIST_STATS', 'STATS', 'MODELS', 'ConvNet', 'MLP', 'LeNet', 'ResNet18', 'statistics', 'Normalized', 'build',
-           'onto', 'Net', 'eval_mode', 'frozen', 'takes_one']
+           'onto', 'Net', 'eval_mode', 'frozen', 'check_precision', 'in_precision', 'takes_one']
 
 # %% ../nbs/04_models.ipynb #1a0f4c38
 import contextlib, copy
 from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
-from .core import check, lookup, seeded, sent
+from .core import check, check_one_of, lookup, seeded, sent
 from .data import ImageSet
 
 # %% ../nbs/04_models.ipynb #4f187872
@@ -171,6 +171,13 @@ def frozen(model):
         yield
     finally:
         for p in asking: p.requires_grad_(True)
+
+# %% ../nbs/04_models.ipynb #71b485c3
+def check_precision(precision: str) -> None: check_one_of("precision", precision, ("float32", "bf16"))
+
+def in_precision(precision: str, device: torch.device):
+    "A context in which networks compute in `precision`: mixed with bfloat16 for \"bf16\", as they are for \"float32\"."
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 # %% ../nbs/04_models.ipynb #33442913
 def takes_one(model: nn.Module,

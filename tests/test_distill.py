@@ -209,5 +209,5 @@ def test_a_student_follows_the_walk_from_the_file(digits, tmp_path):
     made = load_compressed(save(DD.compress(digits, ipc=2, device="cpu"), tmp_path / "dd.safetensors"))
     assert [len(b) for b in made.schedule["batches"]] == [10] * 4 == [len(i) for i in walk_of(made.y, 2)]
     seen = []
-    Trainer(steps=7)(NARROW, made, 0, "cpu", watch=lambda i, logits: seen.append(i.tolist()))
+    Trainer(steps=7)(NARROW, made, 0, "cpu", watch=lambda step: seen.append(step.rows.tolist()))
     assert seen == made.schedule["batches"]

@@ -41,10 +41,11 @@ from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.attacks.fab import boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
-from rdd_lib.training.objectives import cost, slowdown
+from rdd_lib.training.cost import cost, slowdown
 from rdd_lib.certify.smoothing import Noisy, Smoothed, sandwich_smoothed
 from rdd_lib.attacks.threats import L2, Linf
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
+from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.trainer import Trainer
 
 NET = Net("convnet", dict(width=4, depth=2))
 PROXY = Proxy(NET, Trainer(epochs=2, lr=.05, batch=16))
@@ -168,9 +169,9 @@ SETTINGS = {"augmented": dict(augment="color_crop_cutout_flip_scale_rotate"), "c
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_training_in_other_ways(gpu, train, settings):
     def run(d):
-        log, last = [], []
-        net = Trainer(steps=3, **settings)(NET, train, device=d, log=log, watch=lambda i, z: last.append(z.cpu()))
-        return net.cpu().state_dict(), log, last
+        seen = []
+        net = Trainer(steps=3, **settings)(NET, train, device=d, watch=seen.append)
+        return net.cpu().state_dict(), [step.loss.item() for step in seen], [step.logits.cpu() for step in seen]
     check(run, gpu)
 
 

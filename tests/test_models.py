@@ -59,7 +59,7 @@ def odd(digits): return sample(digits, 21)
 # --- a batch of one ------------------------------------------------------------------------------------------------------
 def steps_of(trainer, net, data):
     seen = []
-    model = trainer(net, data, 0, "cpu", watch=lambda i, logits: seen.append(len(i)))
+    model = trainer(net, data, 0, "cpu", watch=lambda step: seen.append(len(step.rows)))
     assert all(p.isfinite().all() for p in model.parameters())
     return seen
 
@@ -79,14 +79,17 @@ def test_a_network_that_can_is_shown_one_image_as_ever(odd):
 
 
 def test_batches_of_one_are_refused_where_nothing_can_be_joined(odd, pooled):
-    with pytest.raises(BadArgument, match="got batch=1$"): Trainer(batch=1)(pooled, odd, 0, "cpu", log=Refuses())
-    with pytest.raises(BadArgument, match="cannot be trained on one image, and mnist5k has no more"): Trainer()(pooled, odd.subset([0]), 0, "cpu", log=Refuses())
+    with pytest.raises(BadArgument, match="got batch=1$"): Trainer(batch=1)(pooled, odd, 0, "cpu", watch=refuse)
+    with pytest.raises(BadArgument, match="cannot be trained on one image, and mnist5k has no more"): Trainer()(pooled, odd.subset([0]), 0, "cpu", watch=refuse)
     own = Compressed(odd.x, odd.y, odd.classes, odd.name, schedule={"batches": [[0, 1], [2]]})
-    with pytest.raises(BadArgument, match="schedule of mnist5k has batches of one image"): Trainer()(pooled, own, 0, "cpu", log=Refuses())
+    with pytest.raises(BadArgument, match="schedule of mnist5k has batches of one image"): Trainer()(pooled, own, 0, "cpu", watch=refuse)
+
+
+def refuse(step): raise AssertionError("the work had begun")
 
 
 class Refuses(list):
-    def append(self, loss): raise AssertionError("the work had begun")
+    append = staticmethod(refuse)
 
 
 def test_signals_and_experts_count_epochs_of_joined_batches(odd, pooled, tmp_path):
@@ -133,7 +136,7 @@ def test_distillers_of_two_images_a_class_or_with_maps_that_stay_larger_work(dig
 # --- diverged ------------------------------------------------------------------------------------------------------------
 def test_a_loss_that_is_no_number_is_seen_within_fifty_steps(odd):
     log = []
-    with pytest.raises(BadArgument, match="the loss is nan after 50 steps with lr=1e"): Trainer(lr=1e30, steps=2000)(Net("mlp"), odd, 0, "cpu", log=log)
+    with pytest.raises(BadArgument, match="the loss is nan after 50 steps with lr=1e"): Trainer(lr=1e30, steps=2000)(Net("mlp"), odd, 0, "cpu", watch=log.append)
     assert len(log) == 50
     with pytest.raises(BadArgument, match="after 7 steps"): Trainer(lr=1e30, steps=7)(Net("mlp"), odd, 0, "cpu")
 

@@ -168,7 +168,7 @@ def test_an_objective_s_notes_are_read_in_every_step(gpu):
         check_values(logits.sum() < -torch.inf, lambda: "never")
         return nn.functional.cross_entropy(logits, y)
     with pytest.raises(BadArgument, match="never"):
-        Trainer(objective, steps=5)(counted.NET, counted.data(), device=gpu, each=lambda step, model: seen.append(step))
+        Trainer(objective, steps=5)(counted.NET, counted.data(), device=gpu, watch=seen.append)
     assert not seen
 
 

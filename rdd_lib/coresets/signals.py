@@ -117,7 +117,7 @@ class Proxy:
 
 # %% ../../nbs/coresets/63_signals.ipynb #78b50438
 class History:
-    "What happens to each image in each epoch of a training: give it to a `Trainer` as `watch`."
+    "What happens to each image in each epoch of a training: shown the rows of every batch, and the logits for them."
     def __init__(self, y: Tensor, batch: int | list[int]):   # how many images a batch holds, or each batch of an epoch
         per_epoch = len(batch) if isinstance(batch, list) else -(-len(y) // batch)
         self.y, self.per_epoch, self.steps, self.rows = y.cpu(), per_epoch, 0, {name: [] for name in HISTORY}
@@ -183,7 +183,7 @@ def _look(data, proxy, attack, device):
     "The work itself."
     plain = ImageSet(data.x, data.y, data.classes, data.name, data.split)       # of a compressed set, neither weights nor soft labels
     history = History(data.y, proxy.trainer.epoch(lambda: proxy.net(plain, 0), plain))
-    model = proxy.trainer(proxy.net, plain, proxy.seed, device, watch=history)
+    model = proxy.trainer(proxy.net, plain, proxy.seed, device, lambda step: history(step.rows, step.logits))
     features, logits = read(model, data, attack, subseed(proxy.seed, "signals"), device_of(device))
     return Signals(features, logits, data.y.cpu(), **history.tensors())
 

@@ -143,7 +143,8 @@ class Experts:
         "The rows of expert `k`, (epochs + 1, P)."
         trainer = self.trainer(epochs)
         path = _Path(self.ema, trainer)
-        trainer(path.begin(net), data, subseed(self.seed, "expert", k), device, each=path.each)
+        trainer(path.begin(net), data, subseed(self.seed, "expert", k), device,
+                lambda step: path.each(step.number, step.model))
         return torch.stack(path.rows)
 
     def _keep(self, file, rows, identity):

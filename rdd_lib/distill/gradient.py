@@ -14,7 +14,7 @@ from ..augmentation import DSA, Siamese
 from ..compressed import method
 from ..core import check, check_whole, drawn, generator_of, sent
 from .synthetic import ClassMatching
-from ..training.objectives import Standard
+from ..training.objectives import Standard, trait
 from ..training.trainer import batch_sizes
 
 # %% ../../nbs/distill/72_gradient.ipynb #556e9ff9
@@ -78,7 +78,7 @@ class GradientMatching(ClassMatching):
     def _real_gradient(self, net, weights, x, c, g):
         "Gradients of the objective on real pixels, part by part where it is a mean over images."
         draws = generator_of(drawn(g), device=x.device)
-        whole = not getattr(self.real_objective, "per_image", False)
+        whole = not trait(self.real_objective, "per_image")
         total = [torch.zeros_like(p) for p in weights]
         for part in ((x,) if whole else self.parts(x, net)):
             loss = self.real_objective(net, part, torch.full((len(part),), c, device=x.device), None, draws)

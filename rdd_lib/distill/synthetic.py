@@ -23,7 +23,7 @@ from ..files import atomic, require_writable
 from ..data import ImageSet, pixels
 from ..models import Net, onto, takes_one
 from ..training.objectives import depends_on_mode
-from ..training.trainer import check_precision, in_precision
+from ..models import check_precision, in_precision
 
 # %% ../../nbs/distill/70_synthetic.ipynb #b13650c7
 def first_images(data: ImageSet,
