@@ -26,7 +26,7 @@ def batch_sizes(n: int,        # how many samples there are
     return [size] * (n // size) + [n % size] * (n % size > 0)
 
 def batches(n: int,                       # how many samples there are
-            size: int | list[int],        # how many a batch holds, the last one may be smaller; or each batch of an epoch
+            size: int | list[int],        # how many a batch holds, the last one maybe fewer; or each batch of an epoch
             generator: torch.Generator,   # of the order, new in every epoch
             replays: int = 1,             # how often each batch comes, one right after the other
            ):
@@ -38,7 +38,7 @@ def batches(n: int,                       # how many samples there are
 def _step(t): return .1 if t >= .5 else 1.
 def _cosine(t): return .5 * (1 + torch.cos(torch.tensor(t * torch.pi)).item())
 
-SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "step": _step}   # "step": x .1 at half, as DC, DSA and DM evaluate
+SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "step": _step}   # "step": x .1 at half, as in DC, DSA, DM
 
 # %% ../../nbs/training/47_trainer.ipynb #4a5be001
 class Step(NamedTuple):
@@ -86,17 +86,18 @@ class Trainer:
                  device: str = "auto",
                  watch=None,                 # where given, called with a `Step` after every step
                 ) -> nn.Module:
-        """Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number (looked at every 50 steps),
-        and before the first step for batches of one image that the network cannot be trained on."""
+        """Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number (looked at every 50
+        steps), and before the first step for batches of one image that the network cannot be trained on."""
         device, self = device_of(device), self.following(data)
         keep_heap()
         model = net(data, subseed(seed, "init")).to(device, **self._layout()).train()
         opt = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
                               nesterov=self.nesterov)
-        loss_of, plan, last = self._loss(model, data, seed, device), self._plan(model, data, seed), {}
+        loss_of = self._loss(model, data, seed, device)
+        last = {}
         def hear(module, inputs, logits): last["logits"] = logits.detach()
         hook = model.register_forward_hook(hear) if watch else None
-        for number, (rows, lr) in enumerate(plan, 1):
+        for number, (rows, lr) in enumerate(self._plan(model, data, seed), 1):
             opt.param_groups[0]["lr"] = lr
             loss = loss_of(rows)
             opt.zero_grad(set_to_none=True)
@@ -132,12 +133,13 @@ class Trainer:
         objective = session_of(self.objective)
         def loss(rows):
             rows, = sent(device, rows)
-            images, some = pixels(x[rows]), None if w is None else w[rows]
+            images = pixels(x[rows])
+            weights = None if w is None else w[rows]
             if self.augment:
                 changed = Siamese(self.augment, data.name, changes, len(rows))
                 images = scale.pixels(changed(scale.normalise(images)))
             with one_look(), in_precision(self.precision, device):
-                return objective(model, images.to(**self._layout()), y[rows], some, draws)
+                return objective(model, images.to(**self._layout()), y[rows], weights, draws)
         return loss
 
     def epoch(self, model,          # () -> the network; asked for where a batch of one image would come
@@ -155,7 +157,8 @@ class Trainer:
         check(self.batch > 1,
               "batch must be at least 2 for this network, whose batch norm cannot be trained on one image; got batch=1")
         check(len(data) > 1,
-              f"batch norm of this network cannot be trained on one image, and {data.name} has no more; take another norm")
+              f"batch norm of this network cannot be trained on one image, and {data.name} has no more; "
+              "take another norm")
         return [*sizes[:-2], sizes[-2] + 1]
 
     def _rule(self, data): return (getattr(data, "schedule", None) or {}) if self.follow else {}
