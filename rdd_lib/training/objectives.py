@@ -53,10 +53,11 @@ class Objective:
 
 # %% ../../nbs/training/40_objectives.ipynb #0b7ec704
 def trait(objective,    # an `Objective`, or any other callable (model, x, y, w, generator) -> loss
-          name: str,    # "per_image", "replays" or "session"
+          name: str,    # "per_image", "replays", "session" or "attack"
          ):
     "What an objective says of itself; of a callable that says nothing, what is safe to assume."
-    return getattr(objective, name, {"per_image": False, "replays": 1, "session": lambda: objective}[name])
+    safe = {"per_image": False, "replays": 1, "session": lambda: objective, "attack": None}
+    return getattr(objective, name, safe[name])
 
 def session_of(objective):
     "What a training calls step after step: `objective.session()`, or a callable of another make itself."
@@ -153,7 +154,7 @@ def objective_of(name: str,                 # one of `OBJECTIVES`
 
 def _placed(o, name):
     "`name`, or `attack.name` for what is a setting of the objective's attack and not of the objective itself."
-    own, attack = _settings(o), getattr(o, "attack", None)
-    return f"attack.{name}" if name in _settings(attack) and name not in own else name
+    inner = name in _settings(trait(o, "attack")) and name not in _settings(o)
+    return f"attack.{name}" if inner else name
 
 def _settings(o): return {f.name for f in fields(o)} if is_dataclass(o) else set()
