@@ -24,7 +24,7 @@ from ..distill.distribution import DistributionMatching
 from ..distill.experts import Experts
 from ..distill.gradient import GradientMatching
 from ..distill.synthetic import Distiller
-from ..distill.trajectory import TrajectoryMatching, published
+from ..distill.trajectory import TrajectoryMatching, paper_settings
 from ..models import STATS, Net
 from .store import cell
 from ..attacks.pgd import PGD
@@ -135,7 +135,7 @@ PLANS = {
                 DistributionMatching(iterations=1000, batch_real=128, net=Net("convnet", dict(width=64))),
                 GradientMatching(iterations=100, lr=.4, batch_real=64, outer=5, inner=10, net=Net("convnet", dict(width=32))),
                 TrajectoryMatching(iterations=200, lr=1000., alpha=.01, student_steps=20, max_start=3, batch_syn=100, net=Net("convnet", dict(width=32)), experts=Experts(n=5)), extra_seeds=1, normalised_seeds=1),
-    "paper": Plan(3, Protocol(), Proxy(), MinimalCoreset(time_limit=3600.), DistributionMatching(), GradientMatching(), TrajectoryMatching(**published("cifar10", 50)), extra_seeds=3, normalised_seeds=3)}
+    "paper": Plan(3, Protocol(), Proxy(), MinimalCoreset(time_limit=3600.), DistributionMatching(), GradientMatching(), TrajectoryMatching(**paper_settings("cifar10", 50)), extra_seeds=3, normalised_seeds=3)}
 
 # %% ../../nbs/reproduce/83_cells.ipynb #e606ffca
 @dataclass(frozen=True)
