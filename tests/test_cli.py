@@ -115,7 +115,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell starts 
 start, look = synthetic._Keeper.__init__, synthetic.Story.look
 def eager(self, *args):
     start(self, *args)
-    self.pause = 0.                                            # the first iteration is saved, and not only after two seconds
+    self.note.every = 0.                                       # the first iteration is saved, and not only after two seconds
 def stopping(self, s, it, last):
     look(self, s, it, last)
     if it == 5: os.kill(os.getpid(), signal.SIGINT)

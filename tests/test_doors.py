@@ -453,10 +453,9 @@ def writers():
     import pandas as pd
     from rdd_lib.coresets.signals import Signals, _keep
     from rdd_lib.data import _write_npz
-    from rdd_lib.distill.synthetic import save_checkpoint
     from rdd_lib.reproduce import tables as report
     from rdd_lib.reproduce.store import CellKey, CellStore
-    from rdd_lib.files import save_table
+    from rdd_lib.files import save_table, write_tensors
     g = torch.Generator().manual_seed(0)
     S = Compressed(torch.randint(256, (20, 3, 32, 32), generator=g).byte(), torch.arange(20) % 10, "0123456789", "mine")
     rows = pd.DataFrame({"a": torch.rand(5000, generator=g).numpy()})
@@ -467,7 +466,7 @@ def writers():
             "npz": lambda p: _write_npz(p / "t.npz", np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9)),
             "signals": lambda p: _keep(seen, p / "s.safetensors", {}),
             "text": lambda p: CellStore(p).put(CellKey("f", {}), "x" * 9999),
-            "checkpoint": lambda p: save_checkpoint(p / "c", "k", {"a": torch.zeros(9999)}, 1)}
+            "checkpoint": lambda p: write_tensors(p / "c", {"a": torch.zeros(9999)}, done=1)}
 
 
 WRITERS = "save, export pt, export folder, csv, parquet, report, npz, signals, text, checkpoint".split(", ")
