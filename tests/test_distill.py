@@ -99,7 +99,7 @@ def test_another_run_refuses_the_checkpoint(digits, tmp_path):
     with pytest.raises(KeyboardInterrupt): method.compress(digits, ipc=1, device="cpu", checkpoint=path, every=1, log=Unplugged(3))
     before = path.read_bytes()
     for other, seed in ((GradientMatching(iterations=4, lr=.2, **SMALL), 0), (method, 1)):
-        with pytest.raises(BadArgument, match="belongs to a run with other"): other.compress(digits, ipc=1, seed=seed, device="cpu", checkpoint=path)
+        with pytest.raises(BadArgument, match="belongs to another run of a distillation: other"): other.compress(digits, ipc=1, seed=seed, device="cpu", checkpoint=path)
     assert path.read_bytes() == before
 
 
