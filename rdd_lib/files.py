@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITERS', 'writing', 'atomic', 'require_writable', 'require_readable', 'set_aside', 'recalled', 'kept', 'unasked',
-           'in_cache', 'write_tensors', 'opened', 'read_tensors', 'Checkpoint', 'save_table']
+           'in_cache', 'remembered', 'write_tensors', 'opened', 'read_tensors', 'Checkpoint', 'save_table']
 
 # %% ../nbs/01_files.ipynb #0f11e502
 import contextlib, json, os, re, tempfile, time, warnings
@@ -116,6 +116,22 @@ def in_cache(path,         # of a file in a folder that `kept` names
             ) -> Path | None:
     "`path`, if it can be written; else None, and a warning."
     with unasked(what): return require_writable(path)
+
+# %% ../nbs/01_files.ipynb #6e1b40d3
+def remembered(path,         # of a file in a folder that `kept` names
+               what: str,    # "the signals": for messages
+               read,         # path -> the thing
+               make,         # path -> the thing, to be written there; None: it cannot be kept
+               write,        # (thing, path)
+              ):
+    "The thing that is kept at `path`. Where there is none, or a broken one, it is made, and kept if that is possible."
+    found = recalled(path, read, f"the file of {what}")
+    if found is not None: return found
+    path = in_cache(path, what)
+    made = make(path)
+    with unasked(what):
+        if path: write(made, path)
+    return made
 
 # %% ../nbs/01_files.ipynb #0f11e511
 def write_tensors(path,
