@@ -6,16 +6,14 @@
 __all__ = ['differences', 'Trajectories', 'Experts']
 
 # %% ../../nbs/distill/73_experts.ipynb #b66ca449
-import json, tempfile
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from ..augmentation import DSA
-from ..core import BrokenFile, MissingData, check, check_whole, describe, digest, progress, sent, subseed
-from ..files import atomic, in_cache, kept
+from ..core import check, check_whole, describe, digest, progress, sent, subseed
+from ..files import in_cache, kept, opened, write_tensors
 from ..data import ImageSet
 from ..training.unrolled import flatten
 from ..training.objectives import Standard
@@ -45,28 +43,23 @@ class _Path:
 def _flat(o, name=""):
     "Nested plain data as {dotted name: value}."
     if not isinstance(o, dict): return {name: o}
-    return {k: v for key, part in o.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}
+    out = {}
+    for key, part in o.items(): out |= _flat(part, f"{name}.{key}" if name else key)
+    return out
 
 def differences(there: dict, here: dict) -> list[str]:
     "What two nested descriptions disagree on, one sentence each, the outermost first."
     a, b = _flat(there), _flat(here)
-    return [f"{k} is {a.get(k, 'not set')!r} there and {b.get(k, 'not set')!r} here" for k in sorted({**a, **b}, key=lambda k: (k.count("."), k)) if a.get(k) != b.get(k)]
+    differ = sorted((k for k in a | b if a.get(k) != b.get(k)), key=lambda k: (k.count("."), k))
+    return [f"{k} is {a.get(k, 'not set')!r} there and {b.get(k, 'not set')!r} here" for k in differ]
 
 # %% ../../nbs/distill/73_experts.ipynb #42b9d827
-def _opened(path):
-    "An expert's open file and its header. Raises `MissingData`, `BrokenFile`."
-    try:
-        f = safe_open(path, "pt")
-        head = json.loads(f.metadata()["rdd_lib"])
-        return f, head["epochs"], head["identity"]
-    except FileNotFoundError: raise MissingData(f"no such expert: {str(path)!r}") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise BrokenFile(f"{str(path)!r} is not a whole expert ({type(e).__name__}: {e}); remove it to have it trained again") from None
+_WHOLE = "a whole expert", "remove it to have it trained again"      # what `opened` says of one that is not
 
 def _epochs_at(path: Path, identity: dict) -> int:   # -1: no such file
-    "How many epochs of this very expert are kept. Raises `BadArgument` for the expert of another network, training or data set."
+    "How many epochs of this very expert are kept. Raises `BadArgument` for that of another network, training or data set."
     if not path.exists(): return -1
-    _, epochs, theirs = _opened(path)
+    with opened(path, *_WHOLE) as (_, head): epochs, theirs = head["epochs"], head["identity"]
     other = differences(theirs, identity)
     check(not other, f"{str(path)!r} holds another expert: {'; '.join(other[:4])}. Give another folder")
     return epochs
@@ -76,7 +69,7 @@ def _epochs_at(path: Path, identity: dict) -> int:   # -1: no such file
 class Trajectories:
     "Experts on disk: row t of an expert holds its weights after t epochs."
     files: tuple[Path, ...]
-    folder: object = field(default=None, repr=False, compare=False)   # of experts that are not kept: it goes when they are forgotten
+    folder: object = field(default=None, repr=False, compare=False)   # of experts that are not kept: it goes with them
 
     def __len__(self): return len(self.files)
 
@@ -85,17 +78,19 @@ class Trajectories:
              device="cpu",
             ) -> Tensor:         # (len(epochs), P)
         "Some rows of one expert. Raises `MissingData`, `BrokenFile`."
-        f, last, _ = _opened(self.files[expert])
-        for t in epochs: check(0 <= t <= last, f"expert {expert} is kept for epochs 0 ... {last}, epoch {t} is asked for")
-        rows = f.get_slice("theta")
-        return sent(device, torch.cat([rows[t:t + 1] for t in epochs]))[0]
+        with opened(self.files[expert], *_WHOLE) as (f, head):
+            last, theta = head["epochs"], f.get_slice("theta")
+            rows = [theta[t:t + 1] for t in epochs if 0 <= t <= last]
+        for t in epochs:
+            check(0 <= t <= last, f"expert {expert} is kept for epochs 0 ... {last}, epoch {t} is asked for")
+        return sent(device, torch.cat(rows))[0]
 
 # %% ../../nbs/distill/73_experts.ipynb #c3d5b268
 @dataclass(frozen=True)
 class Experts:
     "Networks trained on the real data, their weights kept after every epoch (Cazenavette et al. 2022, section 3.1)."
     objective: object = Standard()   # what they minimise: (model, x, y, w, generator) -> loss
-    ema: float = 0.                  # decay of the moving average that is kept in place of the weights, per step; 0: the weights themselves
+    ema: float = 0.                  # decay, per step, of the moving average that is kept; 0: the weights themselves
     n: int = 100                     # how many
     epochs: int = 50                 # the longest that may be asked for
     lr: float = .01
@@ -112,19 +107,23 @@ class Experts:
         self.trainer(1)                                      # the rest is checked there
 
     def trainer(self, epochs: int) -> Trainer:
-        return Trainer(self.objective, epochs=epochs, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, batch=self.batch, augment=self.augment, follow=False)
+        return Trainer(self.objective, epochs=epochs, lr=self.lr, momentum=self.momentum,
+                       weight_decay=self.weight_decay, batch=self.batch, augment=self.augment, follow=False)
 
     def identity(self, net, data: ImageSet) -> dict:
         "Everything that determines an expert's path, as plain data: not how many there are, nor how far they go."
-        return {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name not in ("n", "epochs")} | {"net": describe(net), "data": describe(data)}
+        own = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name not in ("n", "epochs")}
+        return own | {"net": describe(net), "data": describe(data)}
 
     def __call__(self, net,                          # builds a network: net(data, seed); a `Net`
                  data: ImageSet,
                  epochs: int | None = None,          # how far; None: `self.epochs`
-                 folder: str | Path | None = None,   # None: one of their own in the user's cache, or a temporary one where that cannot be written
+                 folder: str | Path | None = None,   # None: one in the user's cache, or a temporary one
                  device: str = "auto",
                 ) -> Trajectories:
-        "The experts in `folder`; those that are missing are trained. Raises `BadArgument` for a folder of others, `BrokenFile`, `Unwritable`."
+        """The experts in `folder`; those that are missing are trained.
+
+        Raises `BadArgument` for a folder of others, `BrokenFile`, `Unwritable`."""
         epochs = self.epochs if epochs is None else epochs
         check_whole("epochs", epochs)
         check(epochs <= self.epochs, f"epoch {epochs} of the experts is asked for, they have epochs={self.epochs}")
@@ -132,11 +131,13 @@ class Experts:
         at = Path(folder) if folder else kept("experts") / f"{data.name}-{digest(identity)}"
         files = [at / f"expert_{k:04d}.safetensors" for k in range(self.n)]
         missing = [k for k, path in enumerate(files) if _epochs_at(path, identity | {"expert": k}) < epochs]
-        lost = missing and not folder and not in_cache(files[missing[0]], "the experts")
-        passing = tempfile.TemporaryDirectory(prefix="rdd-experts-") if lost else None
-        for k in missing if lost else (): files[k] = Path(passing.name) / files[k].name
+        passing = None
+        if missing and not folder and not in_cache(files[missing[0]], "the experts"):
+            passing = tempfile.TemporaryDirectory(prefix="rdd-experts-")
+            for k in missing: files[k] = Path(passing.name) / files[k].name
         for k in progress(missing, desc="experts", initial=self.n - len(missing), total=self.n):
-            self._keep(files[k], self._path(net, data, epochs, k, device), identity | {"expert": k})
+            rows = self._path(net, data, epochs, k, device)
+            write_tensors(files[k], {"theta": rows}, epochs=len(rows) - 1, identity=identity | {"expert": k})
         return Trajectories(tuple(files), passing)
 
     def _path(self, net, data, epochs, k, device):
@@ -145,6 +146,3 @@ class Experts:
         path = _Path(self.ema, trainer)
         trainer(path.begin(net), data, subseed(self.seed, "expert", k), device, each=path.each)
         return torch.stack(path.rows)
-
-    def _keep(self, file, rows, identity):
-        with atomic(file) as tmp: save_file({"theta": rows}, tmp, metadata={"rdd_lib": json.dumps({"epochs": len(rows) - 1, "identity": identity}, sort_keys=True)})

@@ -102,7 +102,7 @@ class Distiller(Compressor):
     net: Net = Net()            # the network that looks at the images
     lr_label: float = 0.        # of the labels, as logits; 0: they stay as they are
     precision: str = "float32"  # or "bf16": mixed precision, for GPUs
-    chunk: int | None = None    # images that pass the network at once, where it makes no difference; None: as suits the device
+    chunk: int | None = None    # images that pass the network at once, where that changes nothing; None: as suits the device
 
     def __post_init__(self):
         check_whole("iterations", self.iterations)
@@ -132,7 +132,7 @@ class Distiller(Compressor):
     def rates(self) -> dict[str, float]: return {"u": self.lr, "labels": self.lr_label}
     def decay(self, it: int) -> float: return 1.      # what the rates are multiplied with in iteration `it`
     def optimiser(self, s: State, groups): return torch.optim.SGD(groups, momentum=self.momentum)
-    def prepare(self, s: State, data, seed, device): "What `steps` finds as `s.prepared`: networks that are trained once, say."
+    def prepare(self, s: State, data, seed, device): "What `steps` finds as `s.prepared`: networks trained once, say."
     def finish(self, s: State) -> dict: return {}     # further fields of the `Compressed`
 
     def make(self, data, counts, seed, device,
@@ -163,8 +163,9 @@ class Distiller(Compressor):
 
     def _check_alone(self, data, counts):
         alone = [name for name, sizes in self.shown(counts).items() if 1 in sizes]
-        check(not alone or takes_one(self.net(data, 0), pixels(data.x[:1])), f"{' and '.join(alone)} would show the network "
-              "one image at a time, and its batch norm cannot be trained on one; take more images, or another norm")
+        check(not alone or takes_one(self.net(data, 0), pixels(data.x[:1])),
+              f"{' and '.join(alone)} would show the network one image at a time, and its batch norm cannot be trained "
+              "on one; take more images, or another norm")
 
     def _iterate(self, s, opt, real, data, seed, done, keeper):
         bar = progress(range(done, self.iterations), total=self.iterations, initial=done, desc=type(self).__name__)
@@ -200,7 +201,7 @@ class Distiller(Compressor):
         return onto(self.net(data, subseed(draw)), s.device).train()
 
     def at_once(self, n: int, net, device, on_cpu: int) -> int:
-        "How many of `n` images pass `net` together: all where it looks at the batch as a whole, as batch norm in training does."
+        "How many of `n` images pass `net` together: all, where it looks at the batch as a whole, as batch norm in training."
         if depends_on_mode(net): return n
         return self.chunk or (min(n, on_cpu) if device.type == "cpu" else n)
 
