@@ -451,7 +451,7 @@ def full_disk(size=4096):
 
 def writers():
     import pandas as pd
-    from rdd_lib.coresets.signals import Signals, _keep
+    from rdd_lib.coresets.signals import Signals
     from rdd_lib.data import _write_npz
     from rdd_lib.reproduce import tables as report
     from rdd_lib.reproduce.store import CellKey, CellStore
@@ -464,7 +464,7 @@ def writers():
             "export folder": lambda p: export(S, "folder", p / "s"), "csv": lambda p: save_table(rows, p / "t.csv"),
             "parquet": lambda p: save_table(rows, p / "t.parquet"), "report": lambda p: report.save_table(rows, p, "t"),
             "npz": lambda p: _write_npz(p / "t.npz", np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9)),
-            "signals": lambda p: _keep(seen, p / "s.safetensors", {}),
+            "signals": lambda p: write_tensors(p / "s.safetensors", seen._tensors()),
             "text": lambda p: CellStore(p).put(CellKey("f", {}), "x" * 9999),
             "checkpoint": lambda p: write_tensors(p / "c", {"a": torch.zeros(9999)}, done=1)}
 
@@ -542,10 +542,10 @@ def test_a_protocol_never_deletes_a_kept_set(monkeypatch, damage, ten):
 
 
 def test_broken_signals_are_set_aside_too(tmp_path):
-    from rdd_lib.coresets.signals import _kept_signals
+    from rdd_lib.coresets.signals import _read
     save_file({"features": torch.zeros(2, 2)}, tmp_path / "s.safetensors")
     with pytest.warns(RuntimeWarning, match="the file of signals .*is broken"):
-        assert _kept_signals(tmp_path / "s.safetensors") is None
+        assert recalled(tmp_path / "s.safetensors", _read, "the file of signals") is None
     assert os.listdir(tmp_path) == ["s.safetensors.broken"]
 
 
