@@ -7,14 +7,13 @@ __all__ = ['FINAL', 'HISTORY', 'Signals', 'errors', 'Gradients', 'Proxy', 'Histo
            'SignalCoreset']
 
 # %% ../../nbs/coresets/63_signals.ipynb #53bd21ad
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import check, describe, device_of, digest, generator_of, progress, sent, subseed
-from ..files import atomic, kept, recalled, unasked
+from ..files import kept, read_tensors, remembered, write_tensors
 from .random import Coreset
 from ..data import ImageSet, pixels
 from ..models import Net, Normalized
@@ -22,28 +21,38 @@ from ..attacks.pgd import PGD
 from ..training.trainer import Trainer
 
 # %% ../../nbs/coresets/63_signals.ipynb #76c0336f
+FINAL, HISTORY = ("features", "logits", "y"), ("correct", "margin", "error")
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Signals:
     "What one trained network says about N images; T epochs of its training, C classes, D features."
     features: Tensor                 # (N, D) input of the last layer, after the training, in eval mode
     logits: Tensor                   # (N, C) its output
     y: Tensor                        # (N,) labels
-    correct: Tensor | None = None    # (T, N) bool: was the image classified correctly when its batch came, in each epoch
+    correct: Tensor | None = None    # (T, N) bool: was it classified correctly when its batch came
     margin: Tensor | None = None     # (T, N) logit of the label minus the largest other one
     error: Tensor | None = None      # (T, N) length of e
 
     def __post_init__(self):
-        n = len(self.y)
-        check(self.features.dim() == self.logits.dim() == 2 and len(self.features) == len(self.logits) == n,
-              f"features and logits must have a row for each of {n} labels, got {tuple(self.features.shape)} and {tuple(self.logits.shape)}")
+        n, shapes = len(self.y), (tuple(self.features.shape), tuple(self.logits.shape))
+        check(all(len(shape) == 2 and shape[0] == n for shape in shapes),
+              f"features and logits must have a row for each of {n} labels, got {shapes[0]} and {shapes[1]}")
         for name in ("features", "logits"):
-            check(not (bad := int((~torch.isfinite(getattr(self, name))).sum())), f"{name} must be finite, {bad} of its entries are not: did the proxy's training diverge?")
+            bad = int((~torch.isfinite(getattr(self, name))).sum())
+            check(not bad, f"{name} must be finite, {bad} of its entries are not: did the proxy's training diverge?")
         check(0 <= self.y.min() and self.y.max() < self.logits.shape[1],
               lambda: f"y must be in 0 ... {self.logits.shape[1] - 1}, got {self.y.min()} ... {self.y.max()}")
-        for name in HISTORY: check((t := getattr(self, name)) is None or t.dim() == 2 and t.shape[1] == n, f"{name} must be (epochs, {n}), got {t is not None and tuple(t.shape)}")
+        for name, t in self._tensors(HISTORY).items():
+            check(t.dim() == 2 and t.shape[1] == n, f"{name} must be (epochs, {n}), got {tuple(t.shape)}")
 
     def __len__(self): return len(self.y)
-    def __repr__(self): return f"Signals({len(self)} images, {self.features.shape[1]} features, {self.logits.shape[1]} classes, {self.epochs} epochs)"
+    def __repr__(self):
+        (n, features), classes = self.features.shape, self.logits.shape[1]
+        return f"Signals({n} images, {features} features, {classes} classes, {self.epochs} epochs)"
+
+    def _tensors(self, names=FINAL + HISTORY) -> dict[str, Tensor]:
+        "Those of the names that there are."
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     @property
     def epochs(self) -> int: return 0 if self.correct is None else len(self.correct)
@@ -61,18 +70,17 @@ class Signals:
     def take(self, rows: Tensor) -> "Signals":
         "The signals of some of the images."
         rows = rows.to(self.y.device)
-        return replace(self, **{n: getattr(self, n)[rows] for n in ("features", "logits", "y")},
-                       **{n: t[:, rows] for n in HISTORY if (t := getattr(self, n)) is not None})
+        final = {name: t[rows] for name, t in self._tensors(FINAL).items()}
+        history = {name: t[:, rows] for name, t in self._tensors(HISTORY).items()}
+        return Signals(**final, **history)
 
     def to(self, device) -> "Signals":
-        return replace(self, **{n: t.to(device) for n in FINAL + HISTORY if (t := getattr(self, n)) is not None})
-
-FINAL, HISTORY = ("features", "logits", "y"), ("correct", "margin", "error")
+        return Signals(**{name: t.to(device) for name, t in self._tensors().items()})
 
 def errors(logits: Tensor, y: Tensor) -> Tensor:
-    "(N, C) e = softmax(logits) - onehot(y). The label's entry is minus the sum of the others: p - 1 would be all rounding where p is nearly 1."
+    "(N, C) e = softmax(logits) - onehot(y)."
     others = logits.softmax(1).scatter(1, y[:, None], 0.)
-    return others.scatter(1, y[:, None], -others.sum(1, keepdim=True))
+    return others.scatter(1, y[:, None], -others.sum(1, keepdim=True))   # p - 1 would be all rounding where p is nearly 1
 
 # %% ../../nbs/coresets/63_signals.ipynb #7586b153
 class Gradients:
@@ -80,7 +88,8 @@ class Gradients:
     def __init__(self, E: Tensor,      # (n, C)
                  H: Tensor,            # (n, D)
                  bias: bool = True):   # False: H has its column of ones already
-        self.E, self.H = E, torch.cat([H, H.new_ones(len(H), 1)], 1) if bias else H
+        self.E = E
+        self.H = torch.cat([H, H.new_ones(len(H), 1)], 1) if bias else H
 
     def __len__(self): return len(self.E)
     def take(self, rows) -> "Gradients": return Gradients(self.E[rows], self.H[rows], bias=False)
@@ -154,7 +163,9 @@ def read(model: Normalized,
     for rows in progress(torch.arange(len(data)).split(batch), desc="signals"):
         x, y = sent(device, data.x[rows], data.y[rows])
         x = pixels(x) if attack is None else attack(model, pixels(x), y, draws)
-        with torch.no_grad(): said = (h := model.embed(x)).float(), model.model.classifier(h).float()
+        with torch.no_grad():
+            h = model.embed(x)
+            said = h.float(), model.model.classifier(h).float()
         if found is None: found = tuple(torch.empty(len(data), t.shape[1]) for t in said)
         for whole, part in zip(found, said): whole[rows] = part.cpu()
     return found
@@ -168,34 +179,26 @@ def signals(data: ImageSet,
            ) -> Signals:                 # on the CPU
     """Train the proxy on `data` and write down what it says about every image. The same arguments are computed once.
 
-    Raises `BadArgument` for data of fewer than two classes, whose gradients are all zero, and for a training that diverges."""
+    Raises `BadArgument` for data of one class, whose gradients are all zero, and for a training that diverges."""
     present = sum(len(rows) > 0 for rows in data.per_class)
-    check(present >= 2, f"signals need images of at least two classes, {data.name}/{data.split} has {present}: with one there is nothing to tell apart, and every gradient is zero")
-    settings = {"proxy": describe(proxy), "attack": describe(attack), "data": data.fingerprint, "device": device_of(device).type}
+    check(present >= 2, f"signals need images of at least two classes, {data.name}/{data.split} has {present}: "
+          "with one there is nothing to tell apart, and every gradient is zero")
+    if not keep: return _look(data, proxy, attack, device)
+    device = device_of(device)
+    settings = {"proxy": describe(proxy), "attack": describe(attack), "data": data.fingerprint, "device": device.type}
     path = kept("signals") / f"{data.name}-{digest(settings, 24)}.safetensors"
-    if keep and (found := _kept_signals(path)): return found
-    made = _look(data, proxy, attack, device)
-    with unasked("the signals"):
-        if keep: _keep(made, path, settings)
-    return made
+    return remembered(path, "the signals", _read, lambda path: _look(data, proxy, attack, device),
+                      lambda made, path: write_tensors(path, made._tensors(), **settings))
 
 def _look(data, proxy, attack, device):
     "The work itself."
-    plain = ImageSet(data.x, data.y, data.classes, data.name, data.split)       # of a compressed set, neither weights nor soft labels
+    plain = ImageSet(data.x, data.y, data.classes, data.name, data.split)       # without weights and soft labels
     history = History(data.y, proxy.trainer.epoch(lambda: proxy.net(plain, 0), plain))
     model = proxy.trainer(proxy.net, plain, proxy.seed, device, watch=history)
     features, logits = read(model, data, attack, subseed(proxy.seed, "signals"), device_of(device))
     return Signals(features, logits, data.y.cpu(), **history.tensors())
 
-def _keep(made, path, settings):
-    from safetensors.torch import save_file
-    with atomic(path) as tmp:
-        save_file({n: t.contiguous() for n in FINAL + HISTORY if (t := getattr(made, n)) is not None}, tmp, metadata={"rdd_lib": json.dumps(settings, sort_keys=True)})
-
-def _kept_signals(path):
-    "What `_keep` wrote, or None."
-    from safetensors.torch import load_file
-    return recalled(path, lambda p: Signals(**load_file(p)), "the file of signals")
+def _read(path): return Signals(**read_tensors(path, "a file of signals")[0])
 
 # %% ../../nbs/coresets/63_signals.ipynb #c58d984e
 @dataclass(frozen=True)
@@ -207,14 +210,15 @@ class SignalCoreset(Coreset):
     def __post_init__(self):
         super().__post_init__()
         check(isinstance(self.proxy, Proxy), f"proxy must be a Proxy, got {self.proxy!r}")
-        check(self.attack is None or callable(self.attack), f"attack must be an attack such as PGD(...) or None, got {self.attack!r}")
+        check(self.attack is None or callable(self.attack),
+              f"attack must be an attack such as PGD(...) or None, got {self.attack!r}")
 
     def look(self, data, seed, device): return signals(data, self.proxy, self.attack, device).to(device_of(device))
 
     def choose(self, s: Signals,            # of one group, in random order
                k: int,                      # how many to take, at most len(s)
                g: torch.Generator,
-              ) -> Tensor | tuple[Tensor, Tensor]:   # (k,) positions in `s`, best first; and, if the method gives them, weights
+              ) -> Tensor | tuple[Tensor, Tensor]:   # (k,) positions in `s`, best first; and weights, if there are any
         raise NotImplementedError
 
     def pick(self, seen, rows, k, g):
