@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'gap', 'rounds', 'paper_settings', 'TrajectoryMatching']
 
 # %% ../../nbs/distill/74_trajectory.ipynb #9115c3d3
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 import torch
 from torch import Tensor
 from ..augmentation import Siamese
@@ -41,12 +41,18 @@ def rounds(images: int,              # how many there are
 
 # %% ../../nbs/distill/74_trajectory.ipynb #85f23414
 _NAMES = ("student_steps", "expert_epochs", "max_start", "lr", "lr_alpha", "alpha", "batch_syn")
-SETTINGS = {"cifar10": {1: (50, 2, 2, 100., 1e-7, .01, None), 10: (30, 2, 20, 100., 1e-5, .001, None), 50: (30, 2, 40, 1000., 1e-5, .001, None)},
-            "cifar100": {1: (20, 3, 20, 1e3, 1e-5, .01, None), 10: (20, 2, 20, 1e3, 1e-5, .01, None), 50: (80, 2, 40, 1e3, 1e-5, .01, 125)},
-            "tiny_imagenet": {1: (10, 2, 10, 1e4, 1e-4, .01, None), 10: (20, 2, 40, 1e4, 1e-4, .01, 200), 50: (20, 2, 40, 1e4, 1e-4, .01, 300)}}
+SETTINGS = {"cifar10": {1: (50, 2, 2, 100., 1e-7, .01, None),        # data set -> images per class -> settings
+                        10: (30, 2, 20, 100., 1e-5, .001, None),
+                        50: (30, 2, 40, 1000., 1e-5, .001, None)},
+            "cifar100": {1: (20, 3, 20, 1e3, 1e-5, .01, None),
+                         10: (20, 2, 20, 1e3, 1e-5, .01, None),
+                         50: (80, 2, 40, 1e3, 1e-5, .01, 125)},
+            "tiny_imagenet": {1: (10, 2, 10, 1e4, 1e-4, .01, None),
+                              10: (20, 2, 40, 1e4, 1e-4, .01, 200),
+                              50: (20, 2, 40, 1e4, 1e-4, .01, 300)}}
 
 def paper_settings(data: str,          # name of a data set
-                   ipc: int | None,    # images per class; the settings of the nearest smaller budget that was published; None: of 10
+                   ipc: int | None,    # images per class: the nearest smaller published number; None: 10
                   ) -> dict:           # fields of `TrajectoryMatching`
     "MTT's settings (Cazenavette et al. 2022 and the authors' scripts), without whitening."
     rows = SETTINGS.get(data, SETTINGS["cifar10"])
@@ -57,7 +63,9 @@ def paper_settings(data: str,          # name of a data set
 @method("trajectory_matching", "Cazenavette et al., CVPR 2022", alias="tm", preset=paper_settings)
 @dataclass(frozen=True)
 class TrajectoryMatching(Distiller):
-    "TM: lead a student in N steps on the images to where an expert is M epochs on (Cazenavette et al. 2022, Algorithm 1; without its ZCA whitening)."
+    """TM: lead a student in N steps on the images to where an expert is M epochs on; without ZCA whitening.
+
+    Cazenavette et al. 2022, Algorithm 1."""
     iterations: int = 5000
     lr: float = 100.                # of the images
     lr_alpha: float = 1e-5          # of the learning rate alpha
@@ -71,16 +79,21 @@ class TrajectoryMatching(Distiller):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("student_steps", "expert_epochs", "max_start") + (("batch_syn",) if self.batch_syn is not None else ()): check_whole(name, getattr(self, name))
-        for name in ("alpha", "lr_alpha"): check(isfinite(getattr(self, name)) and getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
-        check(self.alpha > 0, f"alpha must be > 0, got {self.alpha}")
+        for name in ("student_steps", "expert_epochs", "max_start"): check_whole(name, getattr(self, name))
+        if self.batch_syn is not None: check_whole("batch_syn", self.batch_syn)
+        check(0 < self.alpha < inf, f"alpha must be > 0, got {self.alpha}")
+        check(0 <= self.lr_alpha < inf, f"lr_alpha must be >= 0, got {self.lr_alpha}")
         lookup(self.gradient, UNROLLED, "gradient of the unrolled steps")
-        check(self.last_epoch <= self.experts.epochs, f"max_start={self.max_start} and expert_epochs={self.expert_epochs} ask for epoch {self.last_epoch} of experts that have epochs={self.experts.epochs}")
+        check(self.last_epoch <= self.experts.epochs,
+              f"max_start={self.max_start} and expert_epochs={self.expert_epochs} ask for epoch {self.last_epoch} "
+              f"of experts that have epochs={self.experts.epochs}")
 
     @property
     def last_epoch(self) -> int: return self.max_start - 1 + self.expert_epochs       # that is ever read
 
-    def shown(self, counts): return {f"batch_syn={self.batch_syn}": batch_sizes(sum(counts), self.batch_syn or sum(counts))}
+    def shown(self, counts):
+        return {f"batch_syn={self.batch_syn}": batch_sizes(sum(counts), self.batch_syn or sum(counts))}
+
     def more_leaves(self, data, counts, device): return {"alpha": torch.tensor(self.alpha, device=device)}
     def rates(self): return super().rates() | {"alpha": self.lr_alpha}
     def finish(self, s): return {"schedule": {"lr": self._put_back(s).item()}}
@@ -91,8 +104,8 @@ class TrajectoryMatching(Distiller):
     def prepare(self, s, data, seed, device,
                 buffers=None,       # folder of the experts; None: one of their own in the user's cache
                ):
-        net = self.net(data, 0).to(device).train()
-        return self.experts(self.net, data, self.last_epoch, buffers, device), net.model
+        model = self.net(data, 0).to(device).train().model
+        return self.experts(self.net, data, self.last_epoch, buffers, device), model, functional(model)
 
     def steps(self, s, real, data, g):
         self._put_back(s)
@@ -100,7 +113,7 @@ class TrajectoryMatching(Distiller):
 
     def _gap(self, s, data, g):
         "How far from its expert a student ends."
-        (trajectories, model), net = s.prepared, functional(s.prepared[1])
+        trajectories, model, run = s.prepared
         expert, epoch = (int(torch.randint(n, (), generator=g)) for n in (len(trajectories), self.max_start))
         start, target = trajectories.read(expert, (epoch, epoch + self.expert_epochs), s.device)
         batches = sent(s.device, *rounds(len(s.u), self.batch_syn, self.student_steps, g))
@@ -109,8 +122,10 @@ class TrajectoryMatching(Distiller):
         def loss(theta, t, u, goal):
             n = len(batches[t])
             size = self.at_once(n, model, s.device, on_cpu=50)
-            for rows in (slice(a, a + size) for a in range(0, n, size)):
+            for a in range(0, n, size):
+                rows = slice(a, a + size)
                 i = batches[t][rows]
-                yield share_of_loss(net(theta, changes[t](u[i], rows)), goal[i], n)
+                yield share_of_loss(run(theta, changes[t](u[i], rows)), goal[i], n)
 
-        return gap(unroll(loss, start, s.leaves["alpha"].expand(self.student_steps), (s.u, s.target), self.gradient), start, target)
+        alphas = s.leaves["alpha"].expand(self.student_steps)
+        return gap(unroll(loss, start, alphas, (s.u, s.target), self.gradient), start, target)
