@@ -263,6 +263,7 @@ class Ours:
         if bench.job.method == "tm":
             model = bench.fresh()
             self.s.prepared = Expert(bench.path()), model, functional(model)
+        else: self.s.prepared = self.method.prepare(self.s, bench.data, 0, bench.job.device)
         self.real = First(bench) if bench.job.same else RealBatches(bench.data, bench.scale)
 
     @staticmethod
