@@ -128,7 +128,7 @@ class Proxy:
 _KINDS = dict(zip(HISTORY, (torch.bool, torch.float32, torch.float32)))
 
 class History:
-    "What happens to each image in each epoch of a training: give it to a `Trainer` as `watch`."
+    "What happens to each image in each epoch of a training: called with the rows of every batch, and their logits."
     def __init__(self, y: Tensor, batch: int | list[int]):   # how many images a batch holds, or each batch of an epoch
         self.per_epoch = len(batch) if isinstance(batch, list) else -(-len(y) // batch)
         self.y, self.steps, self.rows = y.cpu(), 0, {name: [] for name in HISTORY}
