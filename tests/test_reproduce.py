@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of
-from rdd_lib.reproduce.grid import CellError, cores, product, run_grid, table
+from rdd_lib.reproduce.grid import CellError, product, run_grid, table
+from rdd_lib.reproduce.executors import cores
 from rdd_lib.reproduce.tables import beside, means, papers_folder, published, save_figure, save_table, scatter, wide
 from rdd_lib.reproduce.runner import ReproductionFailed, items, reproduce
 from rdd_lib.reproduce.store import CellKey, CellStore
