@@ -27,7 +27,7 @@ def _figure(size):
 
 def _colours(n):
     import seaborn as sns
-    return sns.color_palette("colorblind", max(n, 1))
+    return sns.color_palette("colorblind", max(n, 1))[:n]
 
 # %% ../../nbs/reproduce/85_figures.ipynb #680b8fee
 def _place(ax, labels, obstacles):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'STRENGTHS', 'KEPT', 'CONDENSERS', 'CONDENSED_PLANS', 'three_attacks', 'in_reading', 'more_attacks',
            'Condensed', 'robustness', 'student_trainer', 'hardened', 'CondensedPlan', 'condenser', 'changed',
-           'condensed_cells', 'called', 'scoreboard', 'tests_against', 'tests_text', 'terms_at', 'bound_of',
-           'attacked_at', 'feature_distances', 'bound_terms']
+           'condensed_cells', 'called', 'scoreboard', 'students_of', 'of_these', 'tests_against', 'tests_text',
+           'terms_at', 'bound_of', 'attacked_at', 'feature_distances', 'bound_terms']
 
 # %% ../../nbs/reproduce/89_guard.ipynb #8c6644b7
 from dataclasses import dataclass, field, replace
@@ -214,6 +214,16 @@ def scoreboard(cells: list,      # (label, arguments of `robustness`), as from `
         rows += [row | {"score": s, "value": r[s], "hits": r[f"{s}_hits"]} for s in scores]
     return standings(pd.DataFrame(rows), theirs, scores, ("dataset", "ipc", "method"), (), CONDENSERS)
 
+def students_of(cells: list, results: list) -> dict:   # (data, ipc, label) -> results, one a student
+    found = {}
+    for (label, c), r in zip(cells, results, strict=True): found.setdefault((c["data"], c["ipc"], label), []).append(r)
+    return found
+
+def of_these(table, cells: list):   # DataFrame with dataset and ipc
+    "The rows of the data sets and budgets that were run."
+    ran = {(called(c["data"]), c["ipc"]) for _, c in cells}
+    return table[[pair in ran for pair in zip(table.dataset, table.ipc, strict=True)]]
+
 def tests_against(label: str,    # with which all others are compared, if it is there; else the first
                   cells: list,
                   results: list,
@@ -222,10 +232,11 @@ def tests_against(label: str,    # with which all others are compared, if it is 
     "The methods of each data set and budget, compared on the same images."
     import pandas as pd
     groups = {}
-    for (name, c), r in zip(cells, results, strict=True):
-        groups.setdefault((called(c["data"]), c["ipc"]), {}).setdefault(name, []).append(r)
-    tests = []
-    for (data, ipc), mine in sorted(groups.items()):
+    for (data, ipc, name), mine in students_of(cells, results).items():
+        groups.setdefault((called(data), ipc), {})[name] = mine
+    tests, order = [], [*dict.fromkeys(data for data, _ in groups)]
+    for data, ipc in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
+        mine = groups[data, ipc]
         first = label if label in mine else next(iter(mine))
         for s in scores if len(mine) > 1 else ():
             found = compare({name: survivors(r, s) for name, r in mine.items()}, first)

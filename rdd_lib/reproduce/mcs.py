@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'TABLE2', 'RADII', 'TRAINED', 'WEIGHTINGS', 'SIX', 'CURVE_PLANS', 'Plan', 'mcs_rows', 'chosen_rows',
            'paper_threat', 'mcs_cells', 'Rates', 'family', 'TwoNorms', 'objective_for', 'as_weighted', 'three_scores',
-           'CurvePlan', 'curve_plan', 'curve_rows', 'trained_as', 'curve_cells']
+           'CurvePlan', 'curve_plan', 'plan_text', 'curve_rows', 'trained_as', 'curve_cells']
 
 # %% ../../nbs/reproduce/88_mcs.ipynb #d54c634c
 from dataclasses import dataclass, replace
@@ -248,6 +248,14 @@ CURVE_PLANS = {
 def curve_plan(profile: str, data: str) -> CurvePlan:
     "Raises `UnknownName` for a profile, or a data set that the profile does not have."
     return lookup(family(data), lookup(profile, CURVE_PLANS, "profile"), f"data set of profile {profile!r}")
+
+def plan_text(profile: str, data: str, n_test: int = 0) -> str:   # n_test: instead of the plan's, if it is not 0
+    "What a profile runs of appendix C, in a few words."
+    plan, p = curve_plan(profile, data), curve_plan(profile, data).protocol
+    most, raw = (steps or "any number of" for steps in (plan.most_steps, plan.raw_steps))
+    return (f"{p.net}; {p.threat}, {p.l2}; batch {p.trainer.batch}, {plan.epochs} epochs, at most {most} steps, on the "
+            f"full set {raw};\n   PGD-{p.train_steps} (l_inf), PGD-{p.l2_steps} (l_2), step {p.alpha or 'eps / 4'}; "
+            f"{n_test or p.n_test or 'all'} test images; {plan.dm}")
 
 # %% ../../nbs/reproduce/88_mcs.ipynb #d3500a89
 def curve_rows(plan: CurvePlan) -> list[Row]:
