@@ -21,7 +21,7 @@ EPILOG = {
                  "rdd compress dc mnist5k --ipc 1 --set iterations=100 --film dc.png"],
     "score": ["rdd score mcs.safetensors --train adversarial --attack paper",
               "rdd score mcs.safetensors --net resnet18 --set epochs=20 --threat linf:.05 --seeds 5",
-              "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o a.parquet",
+              "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o a.csv",
               "rdd score mcs.safetensors --net mlp --train certified --certify",
               "rdd score res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --stats dc --net convnet"],
     "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify",

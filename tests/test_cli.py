@@ -26,6 +26,18 @@ def test_help_answers_with_examples(rdd):
         assert done.returncode == 0 and f"rdd {command}" in done.stdout and "Examples" in done.stdout, done.stdout
 
 
+def test_help_and_tab_answer_without_torch(tmp_path):
+    code = "import sys; from rdd_lib import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    tab = {"_RDD_COMPLETE": "complete_bash", "COMP_WORDS": "rdd compress mc", "COMP_CWORD": "2"}
+    for words, env, told in ((["--help"], {}, "reproduce"), ([], tab, "mcs")):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env=os.environ | env)
+        assert told in done.stdout and done.stderr.split()[-1] == "False", done.stderr
+
+
+def test_version(rdd): assert {"torch", "Python"} <= set(rdd("--version").stdout.split())
+
+
 def test_compress_show_score(rdd, tmp_path):
     done = rdd("compress", "mcs", "mnist5k", "--ipc", 1, "-o", "a/mcs.safetensors")
     assert done.returncode == 0 and "radius" in done.stdout, done.stderr
