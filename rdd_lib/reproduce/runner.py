@@ -181,7 +181,7 @@ def reproduce(item: str,                           # '<paper>/<name>' as `items`
              ) -> list[Path]:                      # the executed notebooks
     """Runs paper notebooks; each leaves its tables, figures and itself, executed, in <figures>/<profile>/<paper>.
 
-    Raises `UnknownName` for an item, profile or setting that does not exist, `MissingData` where there are no notebooks,
+    Raises `UnknownName` for an item, profile or setting that does not exist, `MissingData` where no notebook is,
     `Unwritable`, and `ReproductionFailed` when a notebook fails: that one stands beside as <name>.failed.ipynb, an
     earlier <name>.ipynb stays. Of several notebooks all are run before that is raised. After Ctrl-C
     (`KeyboardInterrupt`) the finished cells of the grid are in the store, and the next run goes on from there."""
