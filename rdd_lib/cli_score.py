@@ -8,13 +8,13 @@ __all__ = ['Asked', 'default_threat', 'scored']
 # %% ../nbs/91_cli_score.ipynb #8a1e9104
 from dataclasses import dataclass, replace
 from pathlib import Path
-from . import files
 from .attacks.autoattack import attack_of
 from .attacks.pgd import marks
 from .attacks.threats import Linf, threat_of
 from .certify.certificate import Sandwich, certify, steps_of
 from .core import check, device_of, digest, progress, with_settings
-from .data import ImageSet, check_classes, load, sample
+from . import data, files
+from .data import ImageSet, check_classes, sample
 from .evaluation.diagnostics import diagnose
 from .evaluation.outcome import evaluate
 from .files import WRITERS
@@ -61,7 +61,7 @@ def _trainer(asked, threat, S):
     return replace(with_settings(Trainer(), **outer), objective=_objective(asked, threat, S, inner))
 
 def _test_images(asked, S):
-    test = load(S.name, "test")
+    test = data.load(S.name, "test")
     check_classes(S.classes, test)
     n = asked.n_test
     check(0 <= n <= len(test), f"--n-test must be in 0 ... {len(test)}, the test images of {S.name}; got {n}")
