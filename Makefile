@@ -36,8 +36,8 @@ notebooks: .venv/ready  ## export, run every library notebook in place, clean
 	  OMP_NUM_THREADS=2 TQDM_DISABLE=1 xargs -n 1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.timeout=600
 	$(BIN)/nbdev_clean
 
-readme: .venv/ready  ## README.md from nbs/index.ipynb
-	$(BIN)/python tests/readme.py > .README.md && mv .README.md README.md
+readme: .venv/ready  ## README.md, benchmarks/README.md and the map nbs/README.md from the notebooks
+	$(BIN)/python tests/readme.py
 
 lock: .venv/ready  ## requirements.lock from settings.ini
 	printf 'requests>=2.32\n' > .venv/override.txt   # torchattacks pins requests~=2.25.1 and never imports it

@@ -1,24 +1,27 @@
-"""Seconds, network passes and outcomes of three programs that attack the same images: this library, the AutoAttack authors' own
-(pyautoattack), and torchattacks. In one process, in turns, on three students whose robust accuracy is near 0, .15 and .9.
+"""Seconds, network passes and outcomes of three programs that attack the same images: this library, the AutoAttack
+authors' own (pyautoattack), and torchattacks. In one process, in turns, on three students whose robust accuracy is near
+0, .15 and .9.
 
-    python benchmarks/attacks.py [--images 200] [--threads 1] [--repeats 2] [--standard 100] [--out benchmarks/attacks.csv]
+    python benchmarks/attacks.py [--images 200] [--threads 1] [--repeats 2] [--standard 100] [--out mine.csv]
 
-"paper" is APGD-CE + APGD-DLR with 100 steps each; --standard N adds full AutoAttack (APGD-CE, APGD-T, FAB-T, Square with 5,000
-queries) on N of the images, once each. Outcomes are compared image by image: `differ` counts images that one program breaks and ours does not, or
-the other way round; up to 250 images its random starts are ours. Passes are images that went forward plus images that went backward.
+"paper" is APGD-CE + APGD-DLR with 100 steps each; --standard N adds full AutoAttack (APGD-CE, APGD-T, FAB-T, Square
+with 5,000 queries) on N of the images, once each. Outcomes are compared image by image: `differ` counts images that one
+program breaks and ours does not, or the other way round; up to 250 images its random starts are ours. Passes are images
+that went forward plus images that went backward.
 """
 import argparse
-import os
 import platform
 import time
 from dataclasses import replace
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from rdd_lib.core import keep_heap, seeded
+from rdd_lib.models import keep_heap, seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import PGD, attack_until_broken
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.files import save_table
 from rdd_lib.training.objectives import Adversarial
@@ -58,9 +61,12 @@ def official(model, x, y, threat, version):
 def torchattacks_(model, x, y, threat, version):
     "Its attacks with AutoAttack's steps, which are not its defaults."
     import torchattacks as ta
-    made = {"apgd-ce": lambda: ta.APGD(model, eps=threat.eps, steps=100, loss="ce", seed=0), "apgd-dlr": lambda: ta.APGD(model, eps=threat.eps, steps=100, loss="dlr", seed=0),
-            "apgd-t": lambda: ta.APGDT(model, eps=threat.eps, steps=100, seed=0), "fab-t": lambda: ta.FAB(model, eps=threat.eps, steps=100, seed=0, multi_targeted=True, n_classes=10),
-            "square": lambda: ta.Square(model, eps=threat.eps, n_queries=5000, seed=0, resc_schedule=False)}
+    both = dict(eps=threat.eps, seed=0)
+    made = {"apgd-ce": lambda: ta.APGD(model, steps=100, loss="ce", **both),
+            "apgd-dlr": lambda: ta.APGD(model, steps=100, loss="dlr", **both),
+            "apgd-t": lambda: ta.APGDT(model, steps=100, **both),
+            "fab-t": lambda: ta.FAB(model, steps=100, multi_targeted=True, n_classes=10, **both),
+            "square": lambda: ta.Square(model, n_queries=5000, resc_schedule=False, **both)}
     attack = ta.MultiAttack([made[s]() for s in STAGES[version]])
     with seeded(0): x_adv = attack(x, y)
     with torch.no_grad(): return model(x_adv).argmax(1) == y
@@ -74,7 +80,8 @@ def students():
     train, net, plain = load("mnist5k"), Net("convnet", dict(width=8)), Trainer(epochs=3, lr=.05)
     standard = plain(net, train, 0, "cpu")
     adversarial = replace(plain, epochs=10, objective=Adversarial(PGD(Linf(.1), 5)))(net, train, 0, "cpu")
-    return {"standard, eps .3": (standard, Linf(.3)), "standard, eps .12": (standard, Linf(.12)), "adversarial, eps .1": (adversarial, Linf(.1))}
+    return {"standard, eps .3": (standard, Linf(.3)), "standard, eps .12": (standard, Linf(.12)),
+            "adversarial, eps .1": (adversarial, Linf(.1))}
 
 
 def measured(model, x, y, threat, version, repeats):
@@ -91,21 +98,27 @@ def measured(model, x, y, threat, version, repeats):
 
 
 def machine():
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
     return {"cpu": cpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
 def row(student, version, survive, seconds, passes):
-    found = {"attack": version, "student": student, "images": len(survive["ours"]), "robust": survive["ours"].double().mean().item(), "seconds": seconds["ours"], "passes": passes["ours"]}
+    robust = survive["ours"].double().mean().item()
+    found = {"attack": version, "student": student, "images": len(survive["ours"]), "robust": robust,
+             "seconds": seconds["ours"], "passes": passes["ours"]}
     for name in list(PROGRAMS)[1:]:
-        found |= {f"{name} / ours, seconds": seconds[name] / seconds["ours"], f"{name} / ours, passes": passes[name] / passes["ours"],
+        found |= {f"{name} / ours, seconds": seconds[name] / seconds["ours"],
+                  f"{name} / ours, passes": passes[name] / passes["ours"],
                   f"{name}: differ": int((survive[name] != survive["ours"]).sum())}
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 200), ("threads", 1), ("repeats", 2)): parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("images", 200), ("threads", 1), ("repeats", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--standard", type=int, default=0, help="full AutoAttack as well, on this many images: minutes")
     parser.add_argument("--out", help="write the table here, .csv or .parquet")
     asked = parser.parse_args()
@@ -113,15 +126,18 @@ def main():
     keep_heap()                                              # helps all three programs alike
     test = sample(load("mnist5k", "test"), asked.images)
     rows, judged = [], students()
-    for version, images in [("paper", test)] + ([("standard", sample(test, asked.standard))] if asked.standard else []):
+    runs = [("paper", test, asked.repeats)]
+    if asked.standard: runs.append(("standard", sample(test, asked.standard), 1))
+    for version, images, repeats in runs:
         for student, (model, threat) in judged.items():
-            rows.append(row(student, version, *measured(model, images.images(), images.y, threat, version, asked.repeats if version == "paper" else 1)))
+            rows.append(row(student, version, *measured(model, images.images(), images.y, threat, version, repeats)))
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     table = pd.DataFrame(rows)
     print(table.round(2).to_string(index=False))
     for name in list(PROGRAMS)[1:]:
         for version, part in table.groupby("attack"):
-            print(f"{version}: {name} / ours, geometric mean of the three: {torch.tensor(part[f'{name} / ours, seconds'].to_numpy()).log().mean().exp():.2f}")
+            mean = torch.tensor(part[f"{name} / ours, seconds"].to_numpy()).log().mean().exp()
+            print(f"{version}: {name} / ours, geometric mean of the three: {mean:.2f}")
     if asked.out: save_table(table.assign(threads=asked.threads, **machine()), asked.out)
 
 

@@ -1,15 +1,20 @@
-"""Radius, proven bound, seconds and memory of k-MCS (joint, l2, raw pixels), side by side on one machine, each method and instance in a process of its own:
+"""Radius, proven bound, seconds and memory of k-MCS (joint, l2, raw pixels), side by side on one machine, each method
+and instance in a process of its own:
 
-    naive      Algorithm 1 as written: bisection over real eta, each step a program on the whole N x N adjacency (scipy's milp). A step that runs out of
-               time is unknown, and ends it. The distances come from our code; where the adjacency would pass 4 GB it is not run.
+    naive      Algorithm 1 as written: bisection over real eta, each step a program on the whole N x N adjacency
+               (scipy's milp). A step that runs out of time is unknown, and ends it. The distances come from our code;
+               where the adjacency would pass 4 GB it is not run.
     gonzalez   farthest first, from one start, with the bound that k + 1 points give.
-    deepcore   k-center greedy as DeepCore and active-learning programs do it: float features, the whole matrix chosen x N, its column minima in every step.
+    deepcore   k-center greedy as DeepCore and active-learning programs do it: float features, the whole matrix
+               chosen x N, its column minima in every step.
     ours       k_mcs under the time limit.
 
-    python benchmarks/covering.py [--sizes 500 2000 ...] [--classes] [--cifar10] [--methods ...] [--time-limit 120] [--naive-limit 300] [--again METHOD ...] [--out benchmarks/covering.csv]
+    python benchmarks/covering.py [--sizes 500 2000 ...] [--classes] [--cifar10] [--methods ...] [--time-limit 120]
+                                  [--naive-limit 300] [--again METHOD ...] [--out benchmarks/covering.csv]
 
-Every finished row is in the file at once; rows of the same settings on the same processor are kept, `--again` makes those of some methods again.
-The radius is that of `distances.nearest`, whatever a method says. Memory is the peak of a process and all that it started; `base` is what the imports and the data take.
+Every finished row is in the file at once; rows of the same settings on the same processor are kept, `--again` makes
+those of some methods again. The radius is that of `distances.nearest`, whatever a method says. Memory is the peak of a
+process and all that it started; `base` is what the imports and the data take.
 """
 import argparse
 import json
@@ -30,14 +35,16 @@ import pandas as pd
 import torch
 from rdd_lib.core import BadArgument
 from rdd_lib.files import atomic
-from rdd_lib.data import data_root, load
+from rdd_lib.data import load
+from rdd_lib.files import kept as folder_of
 
 SIZES = (500, 2000, 5000, 20_000, 60_000)
-SAME = ["data", "class", "N", "k", "method", "limit", "threads", "cpu"]                   # what makes two rows the same row
-COLUMNS = SAME[:5] + ["radius", "bound", "gap", "seconds", "peak MB", "base MB", "certificate", "certified", "verify seconds", "note", "limit", "threads", "cpu", "cores", "versions", "date"]
+SAME = ["data", "class", "N", "k", "method", "limit", "threads", "cpu"]          # what makes two rows the same row
+COLUMNS = SAME[:5] + ["radius", "bound", "gap", "seconds", "peak MB", "base MB", "certificate", "certified",
+                      "verify seconds", "note", "limit", "threads", "cpu", "cores", "versions", "date"]
 
 
-# --- the methods: (points, k, limit, tell) -> what is known, besides the centres -----------------------------------------
+# --- the methods: (points, k, limit, tell) -> what is known, besides the centres --------------------------------------
 
 def naive(points, k, limit, tell, delta=1e-5):
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -51,7 +58,8 @@ def naive(points, k, limit, tell, delta=1e-5):
         tell(centres, bound=low or None, note=f"stopped in step {steps + 1}, eta = {eta:.4f}: unknown")
         if left <= 0: break
         rows = [LinearConstraint(csc_matrix(d <= eta, dtype=float), 1, np.inf), LinearConstraint(np.ones((1, n)), k, k)]
-        r = milp(np.zeros(n), integrality=np.ones(n), bounds=Bounds(0, 1), constraints=rows, options={"time_limit": left})
+        r = milp(np.zeros(n), integrality=np.ones(n), bounds=Bounds(0, 1), constraints=rows,
+                 options={"time_limit": left})
         if r.x is not None: high, centres = eta, np.flatnonzero(r.x > .5)
         elif r.status == 2: low = eta
         else: break
@@ -77,17 +85,18 @@ def deepcore(points, k, limit, tell):
 def ours(points, k, limit, tell):
     from rdd_lib.covering.k_center import k_mcs
     cover = k_mcs(points, k, budget="joint", time_limit=limit, progress=False)
-    tell(cover.indices, bound=cover.lower_bound, certificate=getattr(cover, "certificate", None), note="optimal" if cover.optimal else "")
+    tell(cover.indices, bound=cover.lower_bound, certificate=cover.certificate, note="optimal" if cover.optimal else "")
 
 
 METHODS = {"naive": naive, "gonzalez": gonzalez, "deepcore": deepcore, "ours": ours}
 
 
-# --- one row, in a process of its own ------------------------------------------------------------------------------------
+# --- one row, in a process of its own ---------------------------------------------------------------------------------
 
 def points_of(data, label, n):
     images = load(data)
-    return (images.x if label is None else images.x[images.y == label])[:n].clone()          # not a view that keeps the whole set
+    x = images.x if label is None else images.x[images.y == label]
+    return x[:n].clone()                                                       # not a view that keeps the whole set
 
 
 def one(data, label, n, k, method, limit, report):
@@ -119,29 +128,32 @@ def proven(points, k, certificate):
     if certificate is None: return dict(certificate="none")
     from rdd_lib.covering.certificate import verify_certificate
     begin = time.time()
-    if min(part.size for part in certificate.parts) <= k: return dict(certificate="no", note=f"the certificate is not about {k} points")
-    try: return dict(certified=verify_certificate(points, certificate), certificate="yes") | {"verify seconds": time.time() - begin}
+    try: certified = verify_certificate(points, certificate, k=k)
     except BadArgument as e: return dict(certificate="no", note=str(e))
+    return {"certified": certified, "certificate": "yes", "verify seconds": time.time() - begin}
 
 
 def rss(pid="self"):
     "MB that a process holds; 0 where the system does not say."
-    try: return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")) / 1024
-    except (OSError, StopIteration): return 0.
+    try: said = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError: return 0.
+    return next((int(line.split()[1]) / 1024 for line in said if line.startswith("VmRSS")), 0.)
 
 
 def tree(pid):
     "A process and those that it started."
-    try: below = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    except OSError: below = []
-    return [pid, *(p for c in below for p in tree(c))]
+    try: below = " ".join((task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
+    except OSError: below = ""
+    return [pid, *(p for child in below.split() for p in tree(int(child)))]
 
 
 def row(data, label, n, k, method, limit, patience):
     "Starts the process, watches its memory, stops it `patience` seconds after its limit; what it told."
     with tempfile.TemporaryDirectory() as folder:
         report, begin, peak = Path(folder) / "report.json", time.time(), 0.
-        child = subprocess.Popen([sys.executable, __file__, "--one", json.dumps([data, label, n, k, method, limit, str(report)])], start_new_session=True, stderr=subprocess.PIPE, text=True)
+        task = json.dumps([data, label, n, k, method, limit, str(report)])
+        child = subprocess.Popen([sys.executable, __file__, "--one", task], start_new_session=True,
+                                 stderr=subprocess.PIPE, text=True)
         errors = []
         reader = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)
         reader.start()
@@ -157,18 +169,24 @@ def row(data, label, n, k, method, limit, patience):
             child.wait()
             reader.join(5)
         if report.exists(): told = json.loads(report.read_text())
-    if stopped: told |= dict(seconds=time.time() - told.get("began", begin), note=f"{told.get('note', '')}; had to be stopped".strip("; "))
-    elif child.returncode: told["note"] = f"failed ({child.returncode}): {(errors or ['no message'])[-1].strip()[:200]}"
+    if stopped:
+        note = f"{told.get('note', '')}; had to be stopped".strip("; ")
+        told |= dict(seconds=time.time() - told.get("began", begin), note=note)
+    elif child.returncode:
+        told["note"] = f"failed ({child.returncode}): {(errors or ['no message'])[-1].strip()[:200]}"
     return told | dict(peak=max(peak, told.get("peak", 0.)))
 
 
-# --- the table -----------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 def machine():
-    try: cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    try:
+        said = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in said if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    names = ("rdd_lib", "torch", "numpy", "scipy", "numba", "highspy")
-    return dict(cpu=cpu, cores=os.cpu_count(), versions=" ".join(f"{n} {v}" for n in ("python", *names) if (v := _version(n))), date=date.today().isoformat())
+    names = ("python", "rdd_lib", "torch", "numpy", "scipy", "numba", "highspy")
+    versions = " ".join(f"{n} {v}" for n in names if (v := _version(n)))
+    return dict(cpu=cpu, cores=os.cpu_count(), versions=versions, date=date.today().isoformat())
 
 
 def _version(name):
@@ -179,7 +197,7 @@ def _version(name):
 
 def instances(args):
     "(data, class, N, k)"
-    full = (data_root() / "mnist" / "train.npz").exists()
+    full = (folder_of("data") / "mnist" / "train.npz").exists()
     data, most = ("mnist", 60_000) if full else ("mnist5k", 4000)
     sizes = [n for n in dict.fromkeys(min(n, most) for n in args.sizes)]
     out = [(data, None, n, k) for n in sizes for k in ((5, 50) if n == 500 else (50,))]
@@ -201,23 +219,35 @@ def kept(path, again, wanted):
     return [r for r in rows if not repeated(r) and not str(r["note"]).startswith("failed")]
 
 
+def columns_of(told):
+    "What a process told, as columns of the table."
+    radius, bound = told.get("radius"), told.get("bound")
+    if radius is None or bound is None: gap = None
+    else: gap = max(0., 1 - bound / radius) if radius else 0.
+    return dict(radius=radius, bound=bound, gap=gap, certificate=told.get("certificate") or "none",
+                note=told.get("note", "")) | {
+        "seconds": told.get("seconds"), "certified": told.get("certified"), "peak MB": told.get("peak"),
+        "base MB": told.get("base"), "verify seconds": told.get("verify seconds")}
+
+
 def main(args):
     path, here, threads = Path(args.out), machine(), torch.get_num_threads()
     rows = kept(path, args.again, instances(args))
     for data, label, n, k in instances(args):
         for method in args.methods:
             limit = {"naive": args.naive_limit, "ours": args.time_limit}.get(method)
-            new = {"data": data, "class": label, "N": n, "k": k, "method": method, "limit": "" if limit is None else f"{limit:g}", "threads": threads} | here
+            new = {"data": data, "class": label, "N": n, "k": k, "method": method,
+                   "limit": "" if limit is None else f"{limit:g}", "threads": threads} | here
             if same(new) in map(same, rows): continue
-            if method == "naive" and 12 * n * n > 4e9: told = dict(note=f"not run: the adjacency would take up to {12 * n * n / 1e9:.0f} GB")
+            size = 12 * n * n / 1e9
+            too_large = method == "naive" and size > 4
+            if too_large: told = dict(note=f"not run: the adjacency would take up to {size:.0f} GB")
             else: told = row(data, label, n, k, method, limit or 3600, 30 if method == "naive" else 600)
-            radius, bound = told.get("radius"), told.get("bound")
-            gap = None if radius is None or bound is None else max(0., 1 - bound / radius) if radius else 0.
-            new |= dict(radius=radius, bound=bound, gap=gap, seconds=told.get("seconds"), certificate=told.get("certificate") or "none", certified=told.get("certified"), note=told.get("note", ""))
-            new |= {"peak MB": told.get("peak"), "base MB": told.get("base"), "verify seconds": told.get("verify seconds")}
+            new |= columns_of(told)
             rows.append(new)
             with atomic(path) as tmp: pd.DataFrame(rows, columns=COLUMNS).to_csv(tmp, index=False, float_format="%.9g")
-            print({c: f"{v:.5g}" if isinstance(v, float) else v for c, v in new.items() if c not in here and v not in (None, "")}, flush=True)
+            shown = {c: v for c, v in new.items() if c not in here and v not in (None, "")}
+            print({c: f"{v:.5g}" if isinstance(v, float) else v for c, v in shown.items()}, flush=True)
     table = pd.DataFrame(rows, columns=COLUMNS).drop(columns=list(here))
     print(table.to_string(index=False, na_rep="", float_format="%.4f"))
 

@@ -1,20 +1,26 @@
-"""Seconds and peak memory of one iteration of every distiller that matches, ours beside a plain re-statement of its published loop; and what a robust
-objective adds to DC's gradients of real data.
+"""Seconds and peak memory of one iteration of every distiller that matches, ours beside a plain re-statement of its
+published loop; and what a robust objective adds to DC's gradients of real data.
 
-    dc, dsa   classes in a loop, gradients of all parameters, `backward()` through images and network; inner training between steps on the images (--loops)
+    dc, dsa   classes in a loop, gradients of all parameters, `backward()` through images and network; inner training
+              between steps on the images (--loops)
     dm        classes in a loop, features of a frozen random network
-    tm        MTT: --steps of SGD on a flat parameter vector, the graph of all of them kept; the learning rate is learned
+    tm        MTT: --steps of SGD on a flat parameter vector, the graph of all kept; the learning rate is learned
     dd        --steps of gradient descent with one learned rate each, the graph of all of them kept; Adam
-    real      no distiller: the gradients of one real batch of every class as our DC takes them, plain; with GUARD's curvature penalty; with PGD-10 adversarial training
+    real      no distiller: the gradients of one real batch of every class as our DC takes them, plain; with GUARD's
+              curvature penalty; with PGD-10 adversarial training
 
-    python benchmarks/distill.py [--quick] [--methods dc dsa dm tm dd real] [--data mnist cifar10] [--ipc 1 10] [--repeats 5] [--device cpu|cuda] [--out benchmarks/distill.csv]
+    python benchmarks/distill.py [--quick] [--methods dc dsa dm tm dd real] [--data mnist cifar10] [--ipc 1 10]
+                                 [--repeats 5] [--device cpu|cuda] [--out benchmarks/distill.csv]
 
-ConvNet-D3. Every cell (method, data, ipc, side) runs in a fresh process; the sides alternate, --repeats times each. A process makes one iteration to warm up, then others for
---seconds. Time on a CPU is processor time on one thread; `time` is plain / ours, the median of the pairs, beside the lowest and the highest (above 1: ours is quicker).
-Memory is what the process takes beyond its state before the first iteration (CPU: ru_maxrss; GPU: max_memory_allocated); `memory` is plain / ours. `moved` is how far
-a pixel moves at most in one iteration (normalised units, float64, at most 10 unrolled steps), `apart` the largest difference between both sides' images after it, begun with the same images, network
-and batches, `gradients apart` that between their last gradients, over the largest gradient: above 1e-4 the two are not the same computation, and the benchmark ends with an error.
---heap ours leaves the plain loop with the C library's own ways: our loops let it keep freed blocks (`core.keep_heap`), and by default it is told so for both.
+ConvNet-D3. Every cell (method, data, ipc, side) runs in a fresh process; the sides alternate, --repeats times each. A
+process makes one iteration to warm up, then others for --seconds. Time on a CPU is processor time on one thread; `time`
+is plain / ours, the median of the pairs, beside the lowest and the highest (above 1: ours is quicker). Memory is what
+the process takes beyond its state before the first iteration (CPU: ru_maxrss; GPU: max_memory_allocated); `memory` is
+plain / ours. `moved` is how far a pixel moves at most in one iteration (normalised units, float64, at most 10 unrolled
+steps), `apart` the largest difference between both sides' images after it, begun with the same images, network and
+batches, `gradients apart` that between their last gradients, over the largest gradient: above 1e-4 the two are not the
+same computation, and the benchmark ends with an error. --heap ours leaves the plain loop with the C library's own ways:
+our loops let it keep freed blocks (`core.keep_heap`), and by default it is told so for both.
 """
 import argparse
 import ctypes
@@ -33,8 +39,10 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from covering import machine
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
-from rdd_lib.compressed import Compressed, load_compressed, save
-from rdd_lib.core import MissingData, drawn, generator_of, keep_heap, subseed
+from rdd_lib.compressed import Compressed, save
+from rdd_lib.published import load_compressed
+from rdd_lib.core import MissingData, drawn, generator_of, subseed
+from rdd_lib.models import keep_heap
 from rdd_lib.data import ImageSet, load, pixels, sample
 from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
@@ -46,9 +54,11 @@ from rdd_lib.attacks.pgd import PGD
 from rdd_lib.training.curvature import VARIANTS, Curvature
 from rdd_lib.training.objectives import Adversarial, Standard
 from rdd_lib.attacks.threats import Linf
+from rdd_lib.training.unrolled import functional
 
-PRELOAD = ["rdd_lib.distill.backprop", "rdd_lib.distill.trajectory", "rdd_lib.distill.gradient", "rdd_lib.distill.distribution", "pandas"]                    # imported once, before the processes part
-OPERATIONS["shift"] = lambda u, r: u.roll(2, -1)                                           # an augmentation without a draw: for the comparison of one iteration
+PRELOAD = ["rdd_lib.distill.backprop", "rdd_lib.distill.trajectory", "rdd_lib.distill.gradient",
+           "rdd_lib.distill.distribution", "pandas"]       # imported once, before the processes part
+OPERATIONS["shift"] = lambda u, r: u.roll(2, -1)           # an augmentation without a draw: to compare one iteration
 EPS = {"mnist": .1, "cifar10": 8 / 255}
 
 
@@ -68,7 +78,7 @@ class Job:
     device: str = "cpu"
     seconds: float = 1.
     heap: str = "both"
-    same: bool = False   # the same network, real batches and augmentation on both sides, pixels kept in [0, 1]: to compare, not to time
+    same: bool = False   # the same network, real batches, augmentation, pixels kept in [0, 1]: to compare, not to time
 
     @property
     def walks(self): return max(1, self.steps // self.ipc)      # DD: how often the `ipc` batches come
@@ -81,10 +91,11 @@ class Bench:
     "What both sides start from."
     def __init__(self, job):
         self.job, self.data = job, load_compressed(job.images)
-        self.classes, self.net = self.data.n_classes, Same(settings=dict(width=job.width)) if job.same else Net(settings=dict(width=job.width))
+        self.classes, self.net = self.data.n_classes, (Same if job.same else Net)(settings=dict(width=job.width))
         self.scale, self.g = Scale(self.data, job.device), generator_of(0, "benchmark")
         if job.same: self.scale.mean, self.scale.std = self.scale.mean.double(), self.scale.std.double()
-        self.augment = "" if job.method in ("dc", "dd") else "shift" if job.same else DSA
+        self.augment = "shift" if job.same else DSA
+        if job.method in ("dc", "dd"): self.augment = ""
         self.y = torch.arange(self.classes, device=job.device).repeat_interleave(job.ipc)
         self.u = torch.randn(len(self.y), *self.data.shape, generator=generator_of(0, "images")).to(self.scale.mean)
         self.scale.clamp_(self.u)
@@ -96,7 +107,8 @@ class Bench:
     def path(self):
         "The weights of a network, and others not far from them, as an expert's are some epochs later."
         start = flat(self.net(self.data, 0).model)
-        return torch.stack([start, start + .01 * torch.randn(start.shape, generator=generator_of(0, "expert"))]).to(self.job.device)
+        way = .01 * torch.randn(start.shape, generator=generator_of(0, "expert"))
+        return torch.stack([start, start + way]).to(self.job.device)
 
     def operation(self, images=None): return Siamese(self.augment, self.data.name, self.g, images)
 
@@ -107,7 +119,7 @@ class Same(Net):
     def __call__(self, data, seed=0): return super().__call__(data, 0).double()
 
 
-# --- the published loops, re-stated ------------------------------------------------------------------------------------------
+# --- the published loops, re-stated -------------------------------------------------------------------------------
 
 class Plain:
     "All real images as normalised floats; the images are a parameter of a torch optimiser."
@@ -115,7 +127,8 @@ class Plain:
         self.b, self.job = bench, bench.job
         self.x, self.rows = bench.scale.normalise(bench.data.images(self.job.device)), bench.data.per_class
         self.u = bench.u.clone().requires_grad_()
-        self.parts = {"dc": self.gradient_matching, "dsa": self.gradient_matching, "dm": self.distribution_matching, "tm": self.trajectory_matching, "dd": self.backprop}
+        self.parts = {"dc": self.gradient_matching, "dsa": self.gradient_matching, "dm": self.distribution_matching,
+                      "tm": self.trajectory_matching, "dd": self.backprop}
         getattr(self, f"start_{self.job.method}", lambda: None)()
 
     def __call__(self): self.parts[self.job.method]()
@@ -145,9 +158,9 @@ class Plain:
             for c in range(b.classes):
                 op, x, u = b.operation(), self.real(c), self.u[c * self.job.ipc:(c + 1) * self.job.ipc]
                 x, u = op(x), op(u)
-                goal = torch.autograd.grad(F.cross_entropy(net(x), torch.full((len(x),), c, device=x.device)), parameters)
-                goal = [g.detach().clone() for g in goal]
-                got = torch.autograd.grad(F.cross_entropy(net(u), torch.full((len(u),), c, device=u.device)), parameters, create_graph=True)
+                fit = lambda z: F.cross_entropy(net(z), torch.full((len(z),), c, device=z.device))
+                goal = [g.detach().clone() for g in torch.autograd.grad(fit(x), parameters)]
+                got = torch.autograd.grad(fit(u), parameters, create_graph=True)
                 loss = loss + sum(distance(p, q) for p, q in zip(got, goal))
             self.step(loss, self.opt)
             if k < outer - 1: self.train(net, net_opt, inner)
@@ -158,7 +171,9 @@ class Plain:
             for i in torch.randperm(len(u), generator=self.b.g).split(256):
                 i = i.to(u.device)
                 loss = F.cross_entropy(net(self.b.operation(len(i))(u[i])), self.b.y[i])
-                opt.zero_grad(); loss.backward(); opt.step()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
 
     # DM
 
@@ -186,21 +201,24 @@ class Plain:
 
     def trajectory_matching(self):
         theta = [self.start.clone().requires_grad_()]
-        for _ in range(self.job.steps):                                                     # ipc 1 and 10: a batch is the whole set, in a random order
+        for _ in range(self.job.steps):            # ipc 1 and 10: a batch is the whole set, in a random order
             i = torch.randperm(len(self.u), generator=self.b.g).to(self.u.device)
             u = self.b.operation(len(i))(self.u[i])
             loss = F.cross_entropy(functional_call(self.shell, unflatten(theta[-1], self.shell), u), self.b.y[i])
             grad, = torch.autograd.grad(loss, theta[-1], create_graph=True)
             theta.append(theta[-1] - self.alpha * grad)
-        loss = F.mse_loss(theta[-1], self.goal, reduction="sum") / F.mse_loss(self.start, self.goal, reduction="sum")
+        miss = lambda end: F.mse_loss(end, self.goal, reduction="sum")
+        loss = miss(theta[-1]) / miss(self.start)
         self.step(loss, self.opt, self.alpha_opt)
 
     # DD
 
     def start_dd(self):
-        self.raw = torch.full((self.job.ipc * self.job.walks,), .02).to(self.u).expm1().log().requires_grad_()            # softplus of it is .02
+        rates = torch.full((self.job.ipc * self.job.walks,), .02).to(self.u)
+        self.raw = rates.expm1().log().requires_grad_()                                       # softplus of it is .02
         self.opt = torch.optim.Adam([self.u, self.raw], .01, (.5, .999))
-        self.batches = torch.arange(len(self.u), device=self.u.device).view(self.b.classes, self.job.ipc).T           # `ipc` ordered batches of one image a class
+        rows = torch.arange(len(self.u), device=self.u.device)
+        self.batches = rows.view(self.b.classes, self.job.ipc).T            # `ipc` ordered batches of one image a class
 
     def backprop(self):
         shell, lrs = self.b.fresh(), F.softplus(self.raw)
@@ -210,8 +228,10 @@ class Plain:
             loss = F.cross_entropy(functional_call(shell, unflatten(theta, shell), self.u[i]), self.b.y[i])
             grad, = torch.autograd.grad(loss, theta, create_graph=True)
             theta = theta - lrs[t] * grad
-        rows = torch.arange(self.job.batch_outer) if self.job.same else torch.randperm(len(self.x), generator=self.b.g)[:self.job.batch_outer]
-        self.step(F.cross_entropy(functional_call(shell, unflatten(theta, shell), self.x[rows]), self.b.data.y[rows].to(self.u.device)), self.opt)
+        order = torch.arange(len(self.x)) if self.job.same else torch.randperm(len(self.x), generator=self.b.g)
+        rows = order[:self.job.batch_outer]
+        logits = functional_call(shell, unflatten(theta, shell), self.x[rows])
+        self.step(F.cross_entropy(logits, self.b.data.y[rows].to(self.u.device)), self.opt)
 
 
 def distance(got, goal):
@@ -227,18 +247,25 @@ def flat(net): return torch.cat([p.detach().flatten() for p in net.parameters()]
 def unflatten(theta, net):
     "A flat vector as the parameters of `net`, by name."
     shapes = {n: p.shape for n, p in net.named_parameters()}
-    return {n: part.view(s) for (n, s), part in zip(shapes.items(), theta.split([s.numel() for s in shapes.values()]))}
+    parts = theta.split([shape.numel() for shape in shapes.values()])
+    return {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts)}
 
 
-# --- ours ----------------------------------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------------------------
 
 class Ours:
     "A distiller of the library, in the library's own loop."
     def __init__(self, bench):
         self.b, self.method = bench, self.of(bench)
-        self.s = State(bench.u, bench.y, bench.scale, bench.classes, **self.method.more_leaves(bench.data, [bench.job.ipc] * bench.classes, bench.job.device))
-        self.opt = self.method.optimiser(self.s, [{"params": [leaf], "lr": self.method.rates()[name]} for name, leaf in self.s.leaves.items()])
-        self.s.prepared = (Expert(bench.path()), bench.fresh()) if bench.job.method == "tm" else None
+        more = self.method.more_leaves(bench.data, [bench.job.ipc] * bench.classes, bench.job.device)
+        self.s = State(bench.u, bench.y, bench.scale, bench.classes, **more)
+        rates = self.method.rates()
+        groups = [{"params": [leaf], "lr": rates[name]} for name, leaf in self.s.leaves.items()]
+        self.opt = self.method.optimiser(self.s, groups)
+        if bench.job.method == "tm":
+            model = bench.fresh()
+            self.s.prepared = Expert(bench.path()), model, functional(model)
+        else: self.s.prepared = self.method.prepare(self.s, bench.data, 0, bench.job.device)
         self.real = First(bench) if bench.job.same else RealBatches(bench.data, bench.scale)
 
     @staticmethod
@@ -246,15 +273,20 @@ class Ours:
         job, shared = bench.job, dict(net=bench.net, augment=bench.augment, init="noise")
         classes = dict(shared, batch_real=job.batch_real)
         if job.method == "dm": return DistributionMatching(lr=1., **classes)
-        if job.method in ("dc", "dsa"): return GradientMatching(lr=.1, outer=job.loops[0], inner=job.loops[1], **classes)
+        if job.method in ("dc", "dsa"):
+            outer, inner = job.loops
+            return GradientMatching(lr=.1, outer=outer, inner=inner, **classes)
         if job.method == "dd": return BackpropThroughTraining(epochs=job.walks, batch_real=job.batch_outer, **shared)
-        if job.method == "tm": return TrajectoryMatching(lr=100., lr_alpha=1e-5, alpha=.01, student_steps=job.steps, max_start=1, expert_epochs=1, **shared)
+        if job.method == "tm":
+            return TrajectoryMatching(lr=100., lr_alpha=1e-5, alpha=.01, student_steps=job.steps, max_start=1,
+                                      expert_epochs=1, **shared)
 
     @property
     def u(self): return self.s.u
 
     def __call__(self):
-        for losses in self.method.steps(self.s, self.real, self.b.data, self.b.g): self.method._descend(self.s, self.opt, losses)
+        for losses in self.method.steps(self.s, self.real, self.b.data, self.b.g):
+            self.method._descend(self.s, self.opt, losses)
 
 
 class Expert:
@@ -269,14 +301,17 @@ class First:
     def __init__(self, bench): self.b = bench
     def __call__(self, c, size, g): return self.at(self.b.data.per_class[c][:size])[0]
     def mixed(self, size, g): return self.at(torch.arange(size))
-    def at(self, rows): return self.b.scale.normalise(pixels(self.b.data.x[rows].to(self.b.job.device))), self.b.data.y[rows].to(self.b.job.device)
+    def at(self, rows):
+        x, y = (t[rows].to(self.b.job.device) for t in (self.b.data.x, self.b.data.y))
+        return self.b.scale.normalise(pixels(x)), y
 
 
-# --- gradients of real data ----------------------------------------------------------------------------------------------------
+# --- gradients of real data ---------------------------------------------------------------------------------------
 
 def objectives(job):
     attack = PGD(Linf(EPS[job.data]), 10, EPS[job.data] / 4)
-    return {"standard": Standard(), "adversarial, PGD-10": Adversarial(attack)} | {f"curvature, {v}": Curvature(variant=v) for v in VARIANTS}
+    curvature = {f"curvature, {v}": Curvature(variant=v) for v in VARIANTS}
+    return {"standard": Standard(), "adversarial, PGD-10": Adversarial(attack)} | curvature
 
 
 class RealGradients:
@@ -293,7 +328,7 @@ class RealGradients:
             self.method._real_gradient(self.net, weights, x, c, self.b.g)
 
 
-# --- a process of its own ------------------------------------------------------------------------------------------------------
+# --- a process of its own -----------------------------------------------------------------------------------------
 
 def side(bench, name):
     "One iteration, to be called again and again; `.u` are its images."
@@ -302,21 +337,24 @@ def side(bench, name):
 
 
 def compare(job):
-    "One iteration of both from the same images, network and batches: largest difference of the images, and of their last gradients over the largest gradient."
+    """One iteration of both from the same images, network and batches: largest difference of the images, and of their
+    last gradients over the largest gradient."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bench = Bench(job)
     sides = [side(bench, name) for name in ("plain", "ours")]
     for iterate in sides: iterate()
     (u, grad), (v, other) = ((s.u.detach(), s.u.grad) for s in sides)
-    return {"moved": (u - bench.u).abs().max().item(), "apart": (u - v).abs().max().item(), "gradients apart": ((grad - other).abs().max() / grad.abs().max()).item()}
+    return {"moved": (u - bench.u).abs().max().item(), "apart": (u - v).abs().max().item(),
+            "gradients apart": ((grad - other).abs().max() / grad.abs().max()).item()}
 
 
 def warm_up(bench):
     "Libraries are loaded, nothing is left: a double backward of a tiny network."
     tiny = Net(settings=dict(width=2))(bench.data).model.to(bench.job.device)
     u = bench.u[:1].clone().requires_grad_()
-    torch.autograd.grad(sum(g.square().sum() for g in torch.autograd.grad(tiny(u).sum(), list(tiny.parameters()), create_graph=True)), u)
+    grads = torch.autograd.grad(tiny(u).sum(), list(tiny.parameters()), create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in grads), u)
 
 
 def settle():
@@ -359,42 +397,51 @@ def alone(context, work, *args):
     with ProcessPoolExecutor(1, context) as pool: return pool.submit(work, *args).result()
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------------
 
 METHODS = ("dc", "dsa", "dm", "tm", "dd", "real")
 QUICK = dict(width=8, batch_real=16, outer=2, inner=3, steps=10, batch_outer=64, seconds=.2)
 
 
 def real_images(name, job, folder):
-    "A file with as many real images of every class as a batch needs, and some more; random ones where the data set is not at hand."
+    """A file with as many real images of every class as a batch needs, and some more; random ones where the data set is
+    not at hand."""
     wanted = 10 * max(2 * job.batch_real, -(-job.batch_outer // 10))
     try: data = load("mnist5k") if name == "mnist" else load(name)
     except MissingData:
         x = torch.randint(256, (wanted, 3, 32, 32), dtype=torch.uint8, generator=generator_of(0, name))
         data = ImageSet(x, torch.arange(wanted) % 10, tuple(map(str, range(10))), name)
     part = sample(data, min(wanted, len(data)))
-    return str(save(Compressed(part.x, part.y, part.classes, part.name, part.split), Path(folder) / f"{name}.safetensors"))
+    images = Compressed(part.x, part.y, part.classes, part.name, part.split)
+    return str(save(images, Path(folder) / f"{name}.safetensors"))
 
 
 def pairs(context, job, first, second, repeats):
     "Both sides in turns, who begins alternates: [(first, second), ...]."
     found = []
     for k in range(repeats):
-        done = {name: alone(context, measure, job, name) for name in ((first, second) if k % 2 else (second, first))}
+        order = (first, second) if k % 2 else (second, first)
+        done = {name: alone(context, measure, job, name) for name in order}
         found.append((done[first], done[second]))
     return found
 
 
 def ratios(found, first, second):
     "Columns of a row: seconds and MB of each, and second / first."
-    time_, memory = ([b[of] / a[of] for a, b in found] for of in ("seconds", "MB"))
-    columns = {f"{name} {unit}": statistics.median(p[k][of] for p in found) for of, unit in (("seconds", "s"), ("MB", "MB")) for k, name in enumerate((first, second))}
-    return columns | {"time": statistics.median(time_), "lowest": min(time_), "highest": max(time_), "memory": statistics.median(memory), "memory lowest": min(memory), "memory highest": max(memory)}
+    columns = {}
+    for of, unit in (("seconds", "s"), ("MB", "MB")):
+        for k, name in enumerate((first, second)):
+            columns[f"{name} {unit}"] = statistics.median(pair[k][of] for pair in found)
+    for of, name, prefix in (("seconds", "time", ""), ("MB", "memory", "memory ")):
+        by = [b[of] / a[of] for a, b in found]
+        columns |= {name: statistics.median(by), f"{prefix}lowest": min(by), f"{prefix}highest": max(by)}
+    return columns
 
 
 def distiller_row(context, job, repeats):
     compared = alone(context, compare, replace(job, same=True, steps=min(job.steps, 10)))
-    return {"table": "plain / ours", "method": job.method, "data": job.data, "ipc": job.ipc} | ratios(pairs(context, job, "ours", "plain", repeats), "ours", "plain") | compared
+    found = ratios(pairs(context, job, "ours", "plain", repeats), "ours", "plain")
+    return {"table": "plain / ours", "method": job.method, "data": job.data, "ipc": job.ipc} | found | compared
 
 
 def real_rows(context, job, repeats):
@@ -405,13 +452,14 @@ def real_rows(context, job, repeats):
 
 
 def rows(args, context, folder):
-    base = Job("", "", 1, "", args.width, args.batch_real, *args.loops, args.steps, args.batch_outer, args.device, args.seconds, args.heap)
+    base = Job("", "", 1, "", args.width, args.batch_real, *args.loops, args.steps, args.batch_outer, args.device,
+               args.seconds, args.heap)
     for name in args.data:
         base = replace(base, data=name, images=real_images(name, base, folder))
         for method in args.methods:
-            if method == "real": yield from real_rows(context, replace(base, method=method), args.repeats)
-            else:
-                for ipc in args.ipc: yield distiller_row(context, replace(base, method=method, ipc=ipc), args.repeats)
+            job = replace(base, method=method)
+            if method == "real": yield from real_rows(context, job, args.repeats)
+            else: yield from (distiller_row(context, replace(job, ipc=ipc), args.repeats) for ipc in args.ipc)
 
 
 def main(args):
@@ -422,31 +470,41 @@ def main(args):
             made.append(row)
             print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     table = pd.DataFrame(made)
-    settings = dict(device=args.device, width=args.width, batch_real=args.batch_real, loops="{} {}".format(*args.loops), steps=args.steps, batch_outer=args.batch_outer, heap=args.heap, repeats=args.repeats)
+    names = ("device", "width", "batch_real", "loops", "steps", "batch_outer", "heap", "repeats")
+    settings = {name: getattr(args, name) for name in names} | {"loops": "{} {}".format(*args.loops)}
     print("\n" + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    for name, part in table.groupby("table", sort=False): print(f"\n{part.drop(columns='table').dropna(axis=1, how='all').to_string(index=False, na_rep='', float_format='%.3g')}")
+    for name, part in table.groupby("table", sort=False):
+        part = part.drop(columns="table").dropna(axis=1, how="all")
+        print("\n" + part.to_string(index=False, na_rep="", float_format="%.3g"))
     out = args.out or (None if args.quick else Path(__file__).with_suffix(".csv"))
     if out: table.assign(**settings, **machine()).to_csv(out, index=False, float_format="%.4g")
-    if "apart" in table and (table[["apart", "gradients apart"]] > 1e-4).any(axis=None): sys.exit("ours and the plain loop do not compute the same: see `apart`")
+    if "apart" in table and (table[["apart", "gradients apart"]] > 1e-4).any(axis=None):
+        sys.exit("ours and the plain loop do not compute the same: see `apart`")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="tiny sizes, one pair of each: does it run?")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    p.add_argument("--data", nargs="+", choices=tuple(EPS), help="mnist: the digits of mnist5k; cifar10: random pixels where it is not at hand; both, with --quick mnist")
+    p.add_argument("--data", nargs="+", choices=tuple(EPS), help="mnist: the digits of mnist5k; cifar10: random pixels "
+                                                                 "where it is not at hand; both, with --quick mnist")
     p.add_argument("--ipc", nargs="+", type=int, default=(1, 10))
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--width", type=int, default=Job.width, help="of the ConvNet")
     p.add_argument("--batch-real", type=int, default=Job.batch_real, help="real images of a class in a batch")
-    p.add_argument("--loops", nargs=2, type=int, default=(Job.outer, Job.inner), metavar=("OUTER", "INNER"), help="DC, DSA above ipc 1: steps on the images in an iteration, epochs of training between two (published at ipc 10: 10 50)")
-    p.add_argument("--steps", type=int, default=Job.steps, help="TM, DD: unrolled steps (DD: in whole walks through the batches)")
+    p.add_argument("--loops", nargs=2, type=int, default=(Job.outer, Job.inner), metavar=("OUTER", "INNER"),
+                   help="DC, DSA above ipc 1: steps on the images in an iteration, epochs of training between two "
+                        "(published at ipc 10: 10 50)")
+    p.add_argument("--steps", type=int, default=Job.steps,
+                   help="TM, DD: unrolled steps (DD: in whole walks through the batches)")
     p.add_argument("--batch-outer", type=int, default=Job.batch_outer, help="DD: real images that judge")
     p.add_argument("--seconds", type=float, default=Job.seconds, help="of iterations, for a process")
     p.add_argument("--heap", choices=("both", "ours"), default="both", help="who keeps freed memory")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--out", help="where the table is written; benchmarks/distill.csv, with --quick nowhere")
     args = p.parse_args()
-    if args.quick: vars(args).update({k: v for k, v in QUICK.items() if k in vars(args)}, loops=(QUICK["outer"], QUICK["inner"]), repeats=1)
+    if args.quick:
+        small = {k: v for k, v in QUICK.items() if k in vars(args)}
+        vars(args).update(small, loops=(QUICK["outer"], QUICK["inner"]), repeats=1)
     args.data = args.data or (("mnist",) if args.quick else tuple(EPS))
     main(args)

@@ -1,5 +1,5 @@
-"""Proves the optima that tests/test_covering_instances.py asserts, by two routes: k_mcs, and integer programs (scipy, no code of ours)
-over the distances that occur, on the whole matrix.
+"""Proves the optima that tests/test_covering_instances.py asserts, by two routes: k_mcs, and integer programs (scipy,
+no code of ours) over the distances that occur, on the whole matrix.
 
     python benchmarks/prove_instances.py [part of a name ...]
 """
@@ -33,11 +33,11 @@ def levels(d):
 
 
 def essential(near):
-    "The program without rows that others imply and columns that others hold: it has a cover of k where the whole one has."
+    "The program without rows that others imply and columns that others hold: k balls cover both or neither."
     while True:
         before, near = near.shape, np.unique(np.unique(near, axis=0), axis=1)
         t = near.astype(np.float32)
-        near = near[~((t @ t.T == (size := t.sum(1))) & (size < size[:, None])).any(1)]       # a row that holds all of another one
+        near = near[~((t @ t.T == (size := t.sum(1))) & (size < size[:, None])).any(1)]   # a row that holds another
         t = near.astype(np.float32)
         near = near[:, ~((t.T @ t == (size := t.sum(0))[:, None]) & (size > size[:, None])).any(1)]
         if near.shape == before: return near
@@ -47,13 +47,15 @@ def covered(near, k):
     "Whether k balls hold all points; no time limit, so the answer is one. Any cover of at most k ends it."
     rows = essential(near)
     ones = np.ones(rows.shape[1])
-    r = milp(ones, integrality=ones, bounds=Bounds(0, 1), constraints=[LinearConstraint(csr_matrix(rows, dtype=float), 1, inf), LinearConstraint(ones[None], 0, k)], options={"mip_rel_gap": 1e9})
+    constraints = [LinearConstraint(csr_matrix(rows, dtype=float), 1, inf), LinearConstraint(ones[None], 0, k)]
+    r = milp(ones, integrality=ones, bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 1e9})
     assert r.status in (0, 2), r.message
     return r.status == 0
 
 
 def optimum(d, k, known):
-    "The least distance at which k balls hold all points, by bisection below a known one; it is asked first whether the one before that is too small."
+    """The least distance at which k balls hold all points, by bisection below a known one; it is asked first whether
+    the one before that is too small."""
     v = levels(d)
     low, high = 0, int(np.searchsorted(v, known * (1 - TIE)))
     mid = high - 1
@@ -73,9 +75,11 @@ def main(parts):
         known = d[:, cover.indices].min(1).max()                                 # that of a cover, whoever found it
         assert len(cover) == k and abs(known - cover.radius) <= TIE * known
         proven = optimum(d, k, known)
-        said = f"{cover.radius!r}{'' if cover.optimal else ' (not proven)'} by k_mcs ({ours:.1f} s), {proven!r} by integer programs ({time.perf_counter() - begin:.1f} s)"
+        theirs, doubt = time.perf_counter() - begin, "" if cover.optimal else " (not proven)"
+        said = f"{cover.radius!r}{doubt} by k_mcs ({ours:.1f} s), {proven!r} by integer programs ({theirs:.1f} s)"
         agree = cover.optimal and abs(cover.radius - proven) <= TIE * proven
-        print(f"{name}: N = {len(d)}, k = {k}: {said}: {'agree' if agree else 'DIFFER'}{'' if abs(written - proven) <= TIE * proven else '; the test says ' + repr(written)}", flush=True)
+        other = "" if abs(written - proven) <= TIE * proven else f"; the test says {written!r}"
+        print(f"{name}: N = {len(d)}, k = {k}: {said}: {'agree' if agree else 'DIFFER'}{other}", flush=True)
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import pretend_gpu
 from rdd_lib.coresets.signals import Proxy, read, signals
 from rdd_lib.covering.distances import space_of
-from rdd_lib.covering.set_cover import farthest_first
+from rdd_lib.covering.greedy import farthest_first
 from rdd_lib.data import ImageSet
 from rdd_lib.core import generator_of
 from rdd_lib.distill.backprop import BackpropThroughTraining
@@ -30,18 +30,21 @@ from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.carlini_wagner import CW
-from rdd_lib.certify.certificate import certify
+from rdd_lib.certificates.certificate import certify
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.files import save_table
 from rdd_lib.attacks.fab import FAB
 from rdd_lib.training.objectives import Adversarial, Standard
-from rdd_lib.certify.smoothing import Noisy, Smoothed
+from rdd_lib.training.certified import Noisy
+from rdd_lib.certificates.smoothing import Smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
+from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.trainer import Trainer
 
 GPU, NET = "cuda", Net("convnet", dict(width=2, depth=1))
 
@@ -61,8 +64,8 @@ def judged():
 
 # ---- flows: name -> a function that takes n steps ------------------------------------------------------------------
 
-def training(objective, log=False, **settings):
-    return lambda n: Trainer(objective, steps=n, batch=12, **settings)(NET, data(), 0, GPU, log=[] if log else None)
+def training(objective, watch=None, **settings):
+    return lambda n: Trainer(objective, steps=n, batch=12, **settings)(NET, data(), 0, GPU, watch)
 
 def objectives():
     made = {k: objective_of(k, Linf(.1), **({"eta": .1} if k == "generalized" else {})) for k in OBJECTIVES}
@@ -73,7 +76,7 @@ def proxied(n): signals(data(), Proxy(NET, Trainer(steps=n, batch=12)), device=G
 
 TRAININGS = {name: training(o) for name, o in objectives().items()} | {
     "augmented": training(Standard(), augment="color_crop_cutout_flip_scale_rotate"),
-    "with log=": training(Standard(), log=True), "of a proxy": proxied}
+    "watched": training(Standard(), watch=lambda step: step.loss.item()), "of a proxy": proxied}
 
 TINY, SHORT = Linf(1e-6), L2(1e-6)                           # within which nothing breaks
 ATTACKS = {"pgd": lambda n: PGD(TINY, n), "pgd, l2": lambda n: PGD(SHORT, n), "mifgsm": lambda n: MIFGSM(TINY, n),

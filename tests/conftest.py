@@ -11,8 +11,10 @@ import torch.nn.functional as F
 import pretend_gpu
 from hypothesis import settings
 from torch import nn
-from rdd_lib.core import generator_of, seeded
-from rdd_lib.data import data_root, load
+from rdd_lib.core import generator_of
+from rdd_lib.models import seeded
+from rdd_lib.data import load
+from rdd_lib.files import kept
 from rdd_lib.models import build
 from rdd_lib.attacks.pgd import PGD
 from rdd_lib.attacks.threats import Linf
@@ -107,7 +109,7 @@ def many(n):
 
 def needs(name):
     "Skips a test where the full data set is not at hand."
-    there = all((data_root() / name / f"{split}.npz").exists() for split in ("train", "test"))
+    there = all((kept("data") / name / f"{split}.npz").exists() for split in ("train", "test"))
     place = "$RDD_DATA" if os.environ.get("RDD_DATA") else "the cache"
     why = f"{name} is not in {place}; set RDD_DATA to a folder with {name}/train.npz and test.npz"
     return pytest.mark.skipif(not there, reason=why)

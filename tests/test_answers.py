@@ -5,15 +5,19 @@ import torch
 from torch import nn
 from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.data import ImageSet
-from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD, MIFGSM, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.attacks.carlini_wagner import CW
-from rdd_lib.certify.certificate import certify, sandwich
-from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
+from rdd_lib.certificates.certificate import certify
+from rdd_lib.evaluation.sandwich import sandwich
+from rdd_lib.evaluation.checks import Effort
+from rdd_lib.evaluation.diagnostics import diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.attacks.fab import FAB, boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
-from rdd_lib.certify.smoothing import Smoothed, sandwich_smoothed
+from rdd_lib.certificates.smoothing import Smoothed
+from rdd_lib.evaluation.sandwich import sandwich_smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import predict
@@ -33,8 +37,11 @@ class Answers(nn.Sequential):
 
 
 SHAPE = r"must return logits of shape \(12, classes\), classes >= 2, got "
+def one_nan(z): return z.index_fill(0, torch.tensor([3]), torch.nan)
+
+
 WRONG = {"NaN": (lambda: Answers(lambda z: z * torch.nan), "the model returned NaN logits for 12 of 12 images"),
-         "one NaN": (lambda: Answers(lambda z: z.index_fill(0, torch.tensor([3]), torch.nan)), "NaN logits for 1 of 12"),
+         "one NaN": (lambda: Answers(one_nan), "NaN logits for 1 of 12"),
          "a tuple": (lambda: Answers(lambda z: (z, z)), SHAPE + "a tuple"),
          "five of ten": (lambda: Answers(classes=5), "y holds the label 9, but the model has 5 classes"),
          "one logit": (lambda: Answers(classes=1), SHAPE + r"\(12, 1\)"),
@@ -114,6 +121,8 @@ def test_hits_in_bfloat16_are_confirmed_by_logits():
     broken, model = [False], Answers(change)
     y = model(X).argmax(1)
     class Later(PGD):
-        def begin(self, *a, **k): broken[0] = True; return super().begin(*a, **k)
+        def begin(self, *a, **k):
+            broken[0] = True
+            return super().begin(*a, **k)
     with pytest.raises(BadArgument, match="NaN logits"):
         attack_until_broken(Later(Linf(1.), 3), model, X, y, screen="bf16")

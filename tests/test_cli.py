@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 import pytest
 import torch
-from rdd_lib.compressed import load_compressed
+from rdd_lib.published import load_compressed
 
 RDD = Path(sys.executable).parent / "rdd"
 NAMES = ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "(dc)", "(dsa)", "(tm)", "(dd)", "(guard)", "(mat)",
@@ -24,6 +24,18 @@ def test_help_answers_with_examples(rdd):
     for command in ("list", "compress", "show", "score", "reproduce"):
         done = rdd(command, "--help")
         assert done.returncode == 0 and f"rdd {command}" in done.stdout and "Examples" in done.stdout, done.stdout
+
+
+def test_help_and_tab_answer_without_torch(tmp_path):
+    code = "import sys; from rdd_lib import cli\ntry: cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    tab = {"_RDD_COMPLETE": "complete_bash", "COMP_WORDS": "rdd compress mc", "COMP_CWORD": "2"}
+    for words, env, told in ((["--help"], {}, "reproduce"), ([], tab, "mcs")):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env=os.environ | env)
+        assert told in done.stdout and done.stderr.split()[-1] == "False", done.stderr
+
+
+def test_version(rdd): assert {"torch", "Python"} <= set(rdd("--version").stdout.split())
 
 
 def test_compress_show_score(rdd, tmp_path):
@@ -115,7 +127,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell starts 
 start, look = synthetic._Keeper.__init__, synthetic.Story.look
 def eager(self, *args):
     start(self, *args)
-    self.pause = 0.                                            # the first iteration is saved, and not only after two seconds
+    self.note.every = 0.                                       # the first iteration is saved, and not only after two seconds
 def stopping(self, s, it, last):
     look(self, s, it, last)
     if it == 5: os.kill(os.getpid(), signal.SIGINT)

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
-from rdd_lib.compressed import find_method
+from rdd_lib.compressor import find_method
 from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.coresets.random import Random
 from rdd_lib.models import Net
-from rdd_lib.reproduce.guard import (CONDENSED_PLANS, CONDENSERS, Condensed, bound_of, condensed_cells, hardened, made, more_attacks, packed, robustness, scoreboard, sets_of,
-                                         student_trainer, survivors, terms_at, attacked_at, three_attacks, unpacked)
+from rdd_lib.reproduce.guard import (CONDENSED_PLANS, CONDENSERS, Condensed, bound_of, condensed_cells, hardened,
+                                     more_attacks, robustness, scoreboard, student_trainer, terms_at, attacked_at,
+                                     three_attacks)
+from rdd_lib.reproduce.cells import made, packed, sets_of, survivors, unpacked
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.cells import dataset
 from rdd_lib.reproduce.tables import published

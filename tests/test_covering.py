@@ -1,4 +1,5 @@
-"Covering on instances small enough to try everything: ties, equal points, bytes and floats, hurried runs, matrices that are no metric."
+"""Covering on instances small enough to try everything: ties, equal points, bytes and floats, hurried runs, matrices
+that are no metric."""
 import _thread, itertools, logging, random, signal
 from math import inf
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from conftest import many
 from rdd_lib.core import BadArgument, UnknownName, generator_of
-from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K, set_cover as S
+from rdd_lib.covering import certificate as C, distances as D, guarantee as G, k_center as K
+from rdd_lib.covering import programs as P, set_cover as S
 
 NORMS = (1, 2, inf)
 
@@ -28,22 +30,25 @@ def best_radius(space, k):
 
 def best_size(space, eta):
     near = D.full(space) <= space.key_of(eta)
-    return next(k for k in range(1, len(near) + 1) if any(near[:, c].any(1).all() for c in itertools.combinations(range(len(near)), k)))
+    covers = lambda k: any(near[:, c].any(1).all() for c in itertools.combinations(range(len(near)), k))
+    return next(k for k in range(1, len(near) + 1) if covers(k))
 
 
 def close(a, b): return a == b or abs(a - b) <= 1e-9 * max(1, abs(b))
 
 
-# --- distances -----------------------------------------------------------------------------------------------------------
+# --- distances --------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from((1, 3, 784, 3072)), st.integers(0, 10**6), st.sampled_from(NORMS))
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from((1, 3, 784, 3072)), st.integers(0, 10**6),
+       st.sampled_from(NORMS))
 def test_bytes_are_exact(n, m, d, seed, norm):
     rng = random.Random(seed)
     a, b = (np.array([rng.choices((0, 1, 127, 254, 255), k=d) for _ in range(r)], np.uint8) for r in (n, m))
     diff = [[[abs(int(x) - int(y)) for x, y in zip(p, q)] for q in b] for p in a]
     plain = {1: sum, 2: lambda v: sum(x * x for x in v), inf: max}[norm]
-    assert D.key_block(torch.from_numpy(a), torch.from_numpy(b), norm).tolist() == [[plain(v) for v in row] for row in diff]
+    found = D.key_block(torch.from_numpy(a), torch.from_numpy(b), norm)
+    assert found.tolist() == [[plain(v) for v in row] for row in diff]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -67,15 +72,25 @@ def test_nearest_does_not_depend_on_blocks(norm, block):
 
 
 @pytest.mark.parametrize("bad, says", [
-    (dict(points=torch.zeros(0, 3)), "non-empty"), (dict(points=torch.tensor([[torch.nan]])), "no NaN"), (dict(points=torch.tensor([[inf]])), "no infinity"),
-    (dict(points=torch.rand(3, 2), norm=3), "norm must be"), (dict(points=torch.rand(3)), "shape"), (dict(), "one of the two"), (dict(points=torch.rand(2, 2), labels=[0]), "one for each"),
-    (dict(distances=torch.rand(2, 3)), "square"), (dict(distances=[[0, 1], [2, 0]]), "symmetric"), (dict(distances=[[0, -1], [-1, 0]]), ">= 0"), (dict(distances=[[1, 1], [1, 0]]), "itself"),
-    (dict(points=torch.rand(2, 2), labels=[.5, 1.]), "whole numbers"), (dict(points="x"), "array of numbers"), (dict(distances="x"), "matrix of numbers")])
+    (dict(points=torch.zeros(0, 3)), "non-empty"),
+    (dict(points=torch.tensor([[torch.nan]])), "no NaN"),
+    (dict(points=torch.tensor([[inf]])), "no infinity"),
+    (dict(points=torch.rand(3, 2), norm=3), "norm must be"),
+    (dict(points=torch.rand(3)), "shape"),
+    (dict(), "one of the two"),
+    (dict(points=torch.rand(2, 2), labels=[0]), "one for each"),
+    (dict(distances=torch.rand(2, 3)), "square"),
+    (dict(distances=[[0, 1], [2, 0]]), "symmetric"),
+    (dict(distances=[[0, -1], [-1, 0]]), ">= 0"),
+    (dict(distances=[[1, 1], [1, 0]]), "itself"),
+    (dict(points=torch.rand(2, 2), labels=[.5, 1.]), "whole numbers"),
+    (dict(points="x"), "array of numbers"),
+    (dict(distances="x"), "matrix of numbers")])
 def test_refusals(bad, says):
     with pytest.raises(BadArgument, match=says): D.space_of(**bad)
 
 
-# --- eta-MCS -------------------------------------------------------------------------------------------------------------
+# --- eta-MCS ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", many(60))
 def test_fewest_balls(seed):
@@ -92,7 +107,8 @@ def test_fewest_balls(seed):
 def test_fewest_balls_label_by_label(seed):
     x = points(seed, n=9); y = torch.arange(9) % 3
     y[8] = 7                                                                    # a class of one point
-    eta = D.space_of(x).distance(int(np.median(D.full(D.space_of(x)))) if x.dtype == torch.uint8 else float(np.median(D.full(D.space_of(x))))).item()
+    middle = np.median(D.full(D.space_of(x)))
+    eta = D.space_of(x).distance(int(middle) if x.dtype == torch.uint8 else float(middle)).item()
     c = S.eta_mcs(x, eta, labels=y); c.check(x, y)
     assert len(c) == best_size(D.space_of(x, labels=y), eta) == sum(p.size for p in c.per_class) and c.optimal
     assert torch.equal(y[c.indices[c.assignment]], y)
@@ -121,16 +137,16 @@ def test_any_solver_and_any_limit_tell_the_truth(solver, time_limit):
 
 def test_gurobi_refuses_once_and_highs_takes_over(caplog):
     pytest.importorskip("gurobipy")
-    S._say_once.cache_clear()
+    P._say_once.cache_clear()
     rows = D.Rows(D.space_of(torch.arange(2100.)[:, None]), .5)
     with caplog.at_level(logging.WARNING):
-        for _ in range(2): assert S.min_cover(rows, .5, range(2100), solver="gurobi")[1] == 2100
+        for _ in range(2): assert P.min_cover(rows, .5, range(2100), solver="gurobi")[1] == 2100
     assert len([r for r in caplog.records if "HiGHS takes over" in r.message]) <= 1
 
 
 def test_a_limit_is_not_infeasible(monkeypatch):
     "A solver that always runs out of time must not change any claim."
-    monkeypatch.setitem(S.SOLVERS, "auto", lambda a, at_most, seconds: (None, 0))
+    monkeypatch.setitem(P.SOLVERS, "auto", lambda a, at_most, seconds: (None, 0))
     x = torch.rand(60, 2, generator=generator_of(3), dtype=torch.float64)
     c, exact = K.k_mcs(x, 5), K.k_mcs(x, 5, solver="highs")
     assert c.lower_bound <= exact.radius <= c.radius
@@ -139,13 +155,13 @@ def test_a_limit_is_not_infeasible(monkeypatch):
 
 
 def test_a_wrong_cover_from_a_solver_is_not_believed(monkeypatch):
-    monkeypatch.setitem(S.SOLVERS, "auto", lambda a, at_most, seconds: (np.zeros(a.shape[1], bool), 0))
+    monkeypatch.setitem(P.SOLVERS, "auto", lambda a, at_most, seconds: (np.zeros(a.shape[1], bool), 0))
     x = torch.rand(60, 2, generator=generator_of(3), dtype=torch.float64)
     K.k_mcs(x, 5).check(x)
     S.eta_mcs(x, .15).check(x)
 
 
-# --- k-MCS ---------------------------------------------------------------------------------------------------------------
+# --- k-MCS ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", many(120))
 def test_smallest_radius(seed):
@@ -160,10 +176,12 @@ def test_smallest_radius(seed):
 @pytest.mark.parametrize("seed", many(40))
 def test_budgets(seed):
     x = points(seed, n=8); y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])                    # the last class has one point
-    per, total, joint = K.k_mcs(x, 1, labels=y), K.k_mcs(x, 4, labels=y, budget="total"), K.k_mcs(x, 4, labels=y, budget="joint")
+    per, total = K.k_mcs(x, 1, labels=y), K.k_mcs(x, 4, labels=y, budget="total")
+    joint = K.k_mcs(x, 4, labels=y, budget="joint")
     per.check(x, y); total.check(x, y); joint.check(x)
     assert close(per.radius, max(best_radius(D.space_of(x[y == c]), 1) for c in range(3)))
-    assert close(total.radius, best_radius(D.space_of(x, labels=y), 4)) and close(joint.radius, best_radius(D.space_of(x), 4))
+    assert close(total.radius, best_radius(D.space_of(x, labels=y), 4))
+    assert close(joint.radius, best_radius(D.space_of(x), 4))
     assert per.optimal and total.optimal and joint.optimal and joint.radius <= total.radius + 1e-9
     assert [c.size for c in per.per_class] == [1, 1, 1] and close(max(c.radius for c in per.per_class), per.radius)
     with pytest.raises(BadArgument, match="label 2"): K.k_mcs(x, 2, labels=y)
@@ -221,7 +239,7 @@ def test_ctrl_c_keeps_the_best_so_far(monkeypatch):
         prove(task, part)
         if task.now.lower > 0 and not known: _thread.interrupt_main()
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)                     # some shells start programs with Ctrl-C ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # some shells start programs with Ctrl-C ignored
     with monkeypatch.context() as m:
         m.setattr(K, "_prove", proves)
         try: c = K.k_mcs(x, 30, time_limit=3600)
@@ -254,12 +272,12 @@ def test_distances_between_features():
     c.check(x, embed=double)
     assert c.optimal and abs(c.radius - direct.radius) < 1e-6 * direct.radius
     net.train()
-    S.eta_mcs(x, c.radius, embed=net.float()).check(x, embed=net)                         # in evaluation mode, and put back
+    S.eta_mcs(x, c.radius, embed=net.float()).check(x, embed=net)                # in evaluation mode, and put back
     assert net.training
     with pytest.raises(BadArgument, match="embed needs points"): K.k_mcs(distances=torch.zeros(3, 3), k=1, embed=net)
 
 
-# --- certificates --------------------------------------------------------------------------------------------------------
+# --- certificates -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_tampered_certificate_is_refused(seed):
@@ -270,18 +288,22 @@ def test_a_tampered_certificate_is_refused(seed):
     c = K.k_mcs(x, 4, labels=y, budget="total")
     assert c.optimal and close(C.verify_certificate(x, c.certificate, y, k=4), c.radius)
     t = c.certificate.tensors()
-    again = C.Certificate.of(t)
+    again = C.CoverCertificate.of(t)
     assert C.verify_certificate(x, again, y) == C.verify_certificate(x, c.certificate, y)
     def forged(**changes): C.verify_certificate(x, t | changes, y)
-    for changes in (dict(keys=t["keys"] * 1.1 if t["keys"].is_floating_point() else t["keys"] + 50), dict(sizes=t["sizes"] + 40), dict(weights=-t["weights"]), dict(weights=t["weights"].double()),
-                    dict(pairs=t["pairs"] + 60), dict(pairs=t["pairs"][:0], weights=t["weights"][:0], leaf_length=t["leaf_length"] * 0), dict(leaf_length=t["leaf_length"] + 1)):
+    more = t["keys"] * 1.1 if t["keys"].is_floating_point() else t["keys"] + 50
+    nothing = dict(pairs=t["pairs"][:0], weights=t["weights"][:0], leaf_length=t["leaf_length"] * 0)
+    for changes in (dict(keys=more), dict(sizes=t["sizes"] + 40), dict(weights=-t["weights"]),
+                    dict(weights=t["weights"].double()), dict(pairs=t["pairs"] + 60), nothing,
+                    dict(leaf_length=t["leaf_length"] + 1)):
         with pytest.raises(BadArgument): forged(**changes)
     with pytest.raises(BadArgument, match="not 5"): C.verify_certificate(x, c.certificate, y, k=5)
     with pytest.raises(BadArgument): C.verify_certificate(x.roll(1, 0) * 0, c.certificate, y)
     if len(t["leaf_part"]) > 1:
         first = t["leaf_length"][0]
         with pytest.raises(BadArgument, match="all cases"):
-            forged(leaf_part=t["leaf_part"][1:], leaf_length=t["leaf_length"][1:], path_length=t["path_length"][1:], pairs=t["pairs"][first:], weights=t["weights"][first:], paths=t["paths"][t["path_length"][0]:])
+            forged(**{name: t[name][1:] for name in ("leaf_part", "leaf_length", "path_length")},
+                   pairs=t["pairs"][first:], weights=t["weights"][first:], paths=t["paths"][t["path_length"][0]:])
 
 
 def test_input_is_left_alone():
@@ -297,8 +319,11 @@ def test_vacuous_l_inf_is_said(caplog):
     assert "says nothing" in caplog.text
 
 
-@pytest.mark.parametrize("bad, says", [(dict(k=0), "k must be from 1"), (dict(k=9), "k must be from 1"), (dict(k=True), "whole number"), (dict(k=None), "whole number"), (dict(k=2, budget="x"), "budget"),
-                                       (dict(k=2, gap=1), "gap"), (dict(k=2, starts=0), "starts"), (dict(k=2, time_limit=-1), "time_limit"), (dict(k=2, solver="x"), "unknown solver"), (dict(k=2, norm=0), "norm")])
+@pytest.mark.parametrize("bad, says", [
+    (dict(k=0), "k must be from 1"), (dict(k=9), "k must be from 1"), (dict(k=True), "whole number"),
+    (dict(k=None), "whole number"), (dict(k=2, budget="x"), "budget"), (dict(k=2, gap=1), "gap"),
+    (dict(k=2, starts=0), "starts"), (dict(k=2, time_limit=-1), "time_limit"),
+    (dict(k=2, solver="x"), "unknown solver"), (dict(k=2, norm=0), "norm")])
 def test_k_mcs_refuses(bad, says):
     with pytest.raises(BadArgument, match=says): K.k_mcs(torch.rand(8, 2), **bad)
 
@@ -308,7 +333,7 @@ def test_eta_mcs_refuses(eta):
     with pytest.raises(BadArgument, match="eta must be"): S.eta_mcs(torch.rand(8, 2), eta)
 
 
-# --- the guarantee -------------------------------------------------------------------------------------------------------
+# --- the guarantee ----------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.floats(0, 2), st.integers(1, 5))

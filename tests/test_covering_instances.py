@@ -1,6 +1,8 @@
-"""The k-center instances of the p-center literature, made here from fixed seeds: planar, clustered, with ties, and on networks; 100 to 1,800 points.
+"""The k-center instances of the p-center literature, made here from fixed seeds: planar, clustered, with ties, and on
+networks; 100 to 1,800 points.
 
-Every optimum below was proven twice, by `benchmarks/prove_instances.py` (integer programs over the distances that occur, its own code) and by `k_mcs`."""
+Every optimum below was proven twice, by `benchmarks/prove_instances.py` (integer programs over the distances that
+occur, its own code) and by `k_mcs`."""
 from math import inf, sqrt
 from typing import Callable, NamedTuple
 import numpy as np
@@ -13,7 +15,7 @@ from rdd_lib.covering.certificate import verify_certificate
 from rdd_lib.covering.k_center import k_mcs
 
 
-# --- the instances -------------------------------------------------------------------------------------------------------
+# --- the instances ----------------------------------------------------------------------------------------------------
 
 def planar(n, seed=0): return dict(points=torch.rand(n, 2, generator=generator_of(seed, "planar"), dtype=torch.float64))
 
@@ -22,7 +24,8 @@ def clustered(n, clusters, seed=0):
     "Towns of different sizes."
     g = generator_of(seed, "clustered")
     town = (clusters * torch.rand(n, generator=g) ** 2).long()
-    return dict(points=torch.rand(clusters, 2, generator=g, dtype=torch.float64)[town] + .03 * torch.randn(n, 2, generator=g, dtype=torch.float64))
+    towns = torch.rand(clusters, 2, generator=g, dtype=torch.float64)
+    return dict(points=towns[town] + .03 * torch.randn(n, 2, generator=g, dtype=torch.float64))
 
 
 def lattice(n, side, seed=0, dtype=torch.int64):
@@ -36,11 +39,12 @@ def _all_pairs(i, j, length, n, method):
     keep = np.ones(len(order), bool)
     keep[:-1] = (np.diff(i[order]) != 0) | (np.diff(j[order]) != 0)
     edges = order[keep]
-    return shortest_path(coo_matrix((length[edges].astype(float), (i[edges], j[edges])), shape=(n, n)).tocsr(), method=method, directed=False)
+    graph = coo_matrix((length[edges].astype(float), (i[edges], j[edges])), shape=(n, n)).tocsr()
+    return shortest_path(graph, method=method, directed=False)
 
 
 def roads(n, reach, seed=0, unit=1000):
-    "Towns with a road to every other within `reach`, its length rounded to a whole number; distances along the roads (inf: no way)."
+    "Towns with a road to every other within `reach`, of rounded length; distances along the roads (inf: no way)."
     x = planar(n, seed)["points"]
     d = torch.linalg.vector_norm(x[:, None] - x, dim=2).numpy()
     i, j = np.nonzero(np.triu(d <= reach, 1))
@@ -53,7 +57,8 @@ def pmed(n, seed=0):
     i, j = torch.randint(0, n, (edges,), generator=g), torch.randint(1, n, (edges,), generator=g)
     j = (i + j) % n                                                             # never itself
     cost = torch.randint(1, 101, (edges,), generator=g)
-    ways = _all_pairs(torch.minimum(i, j).numpy(), torch.maximum(i, j).numpy(), cost.numpy(), n, "FW" if n <= 500 else "D")
+    method = "FW" if n <= 500 else "D"
+    ways = _all_pairs(torch.minimum(i, j).numpy(), torch.maximum(i, j).numpy(), cost.numpy(), n, method)
     return dict(distances=torch.from_numpy(ways).long())                         # so many edges leave no node alone
 
 
@@ -83,7 +88,7 @@ INSTANCES = {
 }
 
 
-# --- the tests -----------------------------------------------------------------------------------------------------------
+# --- the tests --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", INSTANCES)
 def test_optimum(name):
@@ -98,6 +103,7 @@ def test_optimum(name):
 
 
 def test_the_instances_are_what_they_are_called():
-    parts, grid = INSTANCES["roads 600, not connected"].make()["distances"], INSTANCES["lattice 1000, bytes"].make()["points"]
+    parts = INSTANCES["roads 600, not connected"].make()["distances"]
+    grid = INSTANCES["lattice 1000, bytes"].make()["points"]
     assert parts.isinf().any() and 0 < pmed(200)["distances"].max() < 1000
     assert len(grid.unique(dim=0)) < len(grid) and grid.dtype == torch.uint8

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from rdd_lib.core import BrokenFile, MissingData, UnknownName
-from rdd_lib.data import CIFAR10, data_root, load
+from rdd_lib.data import CIFAR10, load
+from rdd_lib.files import kept
 from conftest import needs
 
 
@@ -25,13 +26,19 @@ def test_full_cifar10():
     assert torch.allclose(mean, torch.tensor([.49139968, .48215841, .44653091]).double(), atol=1e-7)
 
 
-@pytest.mark.skipif(not (data_root() / "imagenette").is_dir(), reason="imagenette is not at hand; set RDD_DATA to a folder with imagenette/imagenette2/")
+def at_hand(name, inside):
+    reason = f"{name} is not at hand; set RDD_DATA to a folder with {name}/{inside}/"
+    return pytest.mark.skipif(not (kept("data") / name).is_dir(), reason=reason)
+
+
+@at_hand("imagenette", "imagenette2")
 def test_imagenette():
     data = load("imagenette", "test", size=64)
-    assert data.shape == (3, 64, 64) and data.n_classes == 10 and "parachute" in data.classes and all(len(i) for i in data.per_class)
+    assert data.shape == (3, 64, 64) and data.n_classes == 10 and "parachute" in data.classes
+    assert all(len(i) for i in data.per_class)
 
 
-@pytest.mark.skipif(not (data_root() / "tiny_imagenet").is_dir(), reason="tiny_imagenet is not at hand; set RDD_DATA to a folder with tiny_imagenet/tiny-imagenet-200/")
+@at_hand("tiny_imagenet", "tiny-imagenet-200")
 def test_tiny_imagenet():
     train, test = load("tiny_imagenet"), load("tiny_imagenet", "test")
     assert train.shape == test.shape == (3, 64, 64) and train.classes == test.classes and len(train.classes) == 200
@@ -49,13 +56,16 @@ def npz(folder, **arrays):
     np.savez(folder / "mnist" / "train.npz", **arrays)
 
 
-@pytest.mark.parametrize("arrays", [
-    dict(x=np.zeros((2, 28, 28, 1), np.uint8)), dict(x=np.zeros((2, 28, 28, 1), np.float32), y=np.zeros(2, int)),
-    dict(x=np.zeros((2, 28, 28), np.uint8), y=np.zeros(2, int)), dict(x=np.zeros((2, 28, 28, 1), np.uint8), y=np.zeros(3, int)),
-    dict(x=np.zeros((2, 28, 28, 1), np.uint8), y=np.array([0, 10])), dict(x=np.zeros((0, 28, 28, 1), np.uint8), y=np.zeros(0, int)),
-    dict(x=np.array([{}], dtype=object), y=np.zeros(1, int))], ids=["no y", "floats", "no channel", "lengths", "label", "empty", "pickle"])
-def test_a_broken_npz_is_named(folder, arrays):
-    npz(folder, **arrays)
+TWO = np.zeros((2, 28, 28, 1), np.uint8)
+BROKEN = {"no y": dict(x=TWO), "floats": dict(x=TWO.astype(np.float32), y=np.zeros(2, int)),
+          "no channel": dict(x=TWO[..., 0], y=np.zeros(2, int)), "lengths": dict(x=TWO, y=np.zeros(3, int)),
+          "label": dict(x=TWO, y=np.array([0, 10])), "empty": dict(x=TWO[:0], y=np.zeros(0, int)),
+          "pickle": dict(x=np.array([{}], dtype=object), y=np.zeros(1, int))}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_npz_is_named(folder, what):
+    npz(folder, **BROKEN[what])
     with pytest.raises(BrokenFile, match="train.npz"): load("mnist")
 
 

@@ -1,15 +1,19 @@
-"""Every diagnostic has a planted model that triggers it, and honest models on which it keeps quiet; curvature agrees with torch's own Hessian."""
+"""Every diagnostic has a planted model that triggers it, and honest models on which it keeps quiet; curvature agrees
+with torch's own Hessian."""
 import json
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import binom
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
+from rdd_lib.core import BadArgument, UnknownName, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import ImageSet, load, sample
 from rdd_lib.models import Net
-from rdd_lib.attacks.pgd import APGD, PGD, cross_entropy
-from rdd_lib.evaluation.diagnostics import CHECKS, Effort, Limits, diagnose, draw_sweep, eps_sweep, needed
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.losses import cross_entropy
+from rdd_lib.evaluation.checks import CHECKS, Effort, Limits, needed
+from rdd_lib.evaluation.diagnostics import diagnose, draw_sweep, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate
 from rdd_lib.intervals import wilson
 from rdd_lib.evaluation.landscape import curvature_of, draw_surface, loss_surface
@@ -23,7 +27,7 @@ BRIEF = Effort(images=60, steps=10, restarts=3, draws=30, queries=200)
 NAMES = list(CHECKS)
 
 
-# --- models that deceive ---------------------------------------------------------------------------------------------------
+# --- models that deceive ------------------------------------------------------------
 
 class Wrapped(nn.Module):
     def __init__(self, net):
@@ -43,7 +47,9 @@ class Dices(Wrapped):
 
 class Mingles(Wrapped):
     "Centred with the mean of the batch."
-    def forward(self, x): z = self.net(x); return z - z.mean(0)
+    def forward(self, x):
+        z = self.net(x)
+        return z - z.mean(0)
 
 
 class Constant(Wrapped):
@@ -68,7 +74,9 @@ class Detached(Wrapped):
 
 class Borrows(Wrapped):
     "The logits of one network, the gradient of another."
-    def forward(self, x): other = self.other(x); return self.net(x).detach() + other - other.detach()
+    def forward(self, x):
+        other = self.other(x)
+        return self.net(x).detach() + other - other.detach()
 
 
 class Ripples(Wrapped):
@@ -79,7 +87,8 @@ class Ripples(Wrapped):
 class Drips(Wrapped):
     "A gradient for a hundredth of the pixels at a time; which ones, a checksum of the image decides."
     def forward(self, x):
-        part = (torch.arange(784) * 37 % 100).view(28, 28) == ((x.flatten(1).sum(1) * 1e4).long() % 100).view(-1, 1, 1, 1)
+        places = (torch.arange(784) * 37 % 100).view(28, 28)
+        part = places == ((x.flatten(1).sum(1) * 1e4).long() % 100).view(-1, 1, 1, 1)
         return self.net(torch.where(part, x, x.detach()))
 
 
@@ -90,7 +99,10 @@ class Shouts(Wrapped):
 
 class Padded(Wrapped):
     "Two more classes that follow the best one: DLR is constant."
-    def forward(self, x): z = self.net(x); best = z.amax(1, keepdim=True); return torch.cat([z, best - .01, best - .02], 1)
+    def forward(self, x):
+        z = self.net(x)
+        best = z.amax(1, keepdim=True)
+        return torch.cat([z, best - .01, best - .02], 1)
 
 
 class Crowded(Wrapped):
@@ -110,7 +122,8 @@ class Trapdoor(Wrapped):
 class Lottery(Wrapped):
     "A gradient only where a checksum of the border pixels says so: the start decides."
     def forward(self, x):
-        edge = torch.ones(28, 28, dtype=torch.bool); edge[2:-2, 2:-2] = False
+        edge = torch.ones(28, 28, dtype=torch.bool)
+        edge[2:-2, 2:-2] = False
         wins = (x[..., edge].flatten(1).sum(1) * 1e3).long() % 5 == 0
         return self.net(torch.where(wins.view(-1, 1, 1, 1) & ~edge, x, x.detach()))
 
@@ -127,13 +140,13 @@ class Memory(Wrapped):
         return torch.where(far[:, None], self.net(like).detach(), self.net(x))
 
 
-PLANTED = {"nan_logits": Breaks, "random_outputs": Dices, "batch_dependence": Mingles, "step_function": Rounds, "zero_gradients": Saturates,
-           "wrong_gradients": Borrows, "dlr_below_ce": Crowded, "ce_below_dlr": Padded, "rescaled_logits": Shouts, "noise_wins": Trapdoor,
-           "black_box_wins": Detached, "transfer_wins": Detached, "more_steps_help": Drips, "restarts_help": Lottery, "not_monotone": Memory,
-           "large_radius": Constant}
+PLANTED = {"nan_logits": Breaks, "random_outputs": Dices, "batch_dependence": Mingles, "step_function": Rounds,
+           "zero_gradients": Saturates, "wrong_gradients": Borrows, "dlr_below_ce": Crowded, "ce_below_dlr": Padded,
+           "rescaled_logits": Shouts, "noise_wins": Trapdoor, "black_box_wins": Detached, "transfer_wins": Detached,
+           "more_steps_help": Drips, "restarts_help": Lottery, "not_monotone": Memory, "large_radius": Constant}
 
 
-# --- and honest ones -------------------------------------------------------------------------------------------------------
+# --- and honest ones ------------------------------------------------------------
 
 def digits_of(): return sample(load("mnist5k", "test"), 100)
 
@@ -144,33 +157,39 @@ def digits(): return digits_of()
 
 @pytest.fixture(scope="module")
 def nets():
-    def student(objective, seed=0): return Trainer(objective=objective, epochs=4, lr=.05)(MLP, load("mnist5k"), seed, device="cpu")
-    return {"usual": student(Standard()), "hardened": student(Adversarial(PGD(Linf(.1), 5))), "hardened in l2": student(Adversarial(PGD(L2(1.355), 3)), 1)}
+    def student(objective, seed=0):
+        return Trainer(objective=objective, epochs=4, lr=.05)(MLP, load("mnist5k"), seed, device="cpu")
+    return {"usual": student(Standard()), "hardened": student(Adversarial(PGD(Linf(.1), 5))),
+            "hardened in l2": student(Adversarial(PGD(L2(1.355), 3)), 1)}
 
 
 @pytest.fixture(scope="module")
 def honest(nets, digits):
     "Every honest model in every threat, each examined once."
-    return {(name, t): diagnose(m, digits, t, surrogate=nets["hardened" if name == "usual" else "usual"], effort=BRIEF, seed=1, device="cpu")
-            for name, m in nets.items() for t in THREATS}
+    other = {name: nets["hardened" if name == "usual" else "usual"] for name in nets}
+    return {(name, t): brief(m, digits, t, surrogate=other[name], seed=1) for name, m in nets.items() for t in THREATS}
 
 
-# --- planted and honest ----------------------------------------------------------------------------------------------------
+def brief(model, data, threat=Linf(.1), **more):
+    return diagnose(model, data, threat, effort=BRIEF, device="cpu", **more)
+
+
+# --- planted and honest ------------------------------------------------------------
 
 def test_every_check_has_a_planted_model(): assert list(PLANTED) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_planted_triggers_and_honest_does_not(name, nets, digits, honest):
-    planted = diagnose(PLANTED[name](nets["usual"]), digits, Linf(.1), surrogate=nets["hardened"], effort=BRIEF, only=[name], device="cpu")
+    planted = brief(PLANTED[name](nets["usual"]), digits, surrogate=nets["hardened"], only=[name])
     assert planted[name].state == "warning" and not planted.trustworthy
     assert CHECKS[name].advice.split("{")[0] in planted[name].says and "error" not in planted[name].figures
     for who, d in honest.items(): assert d[name].state == "passed", (who, d)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("not_monotone", "noise_wins")])    # these two are built for l_inf
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("not_monotone", "noise_wins")])    # built for l_inf
 def test_planted_triggers_in_l2(name, nets, digits):
-    d = diagnose(PLANTED[name](nets["usual"]), digits, L2(1.355), surrogate=nets["hardened"], effort=BRIEF, only=[name], device="cpu")
+    d = brief(PLANTED[name](nets["usual"]), digits, L2(1.355), surrogate=nets["hardened"], only=[name])
     assert d[name].state == "warning", d
 
 
@@ -188,7 +207,8 @@ def test_figures_are_those_of_an_evaluation(nets, digits):
     attack = PGD(Linf(.1), 10)
     d = diagnose(nets["hardened"], digits, Linf(.1), attack=attack, device="cpu", only=["black_box_wins"])
     assert d.images == 100 and d.right == int((predict(nets["hardened"], digits.images()).argmax(1) == digits.y).sum())
-    assert abs(d.robust - evaluate(nets["hardened"], digits, attack, device="cpu").rob * 100) <= 3       # other random starts
+    rob = evaluate(nets["hardened"], digits, attack, device="cpu").rob
+    assert abs(d.robust - rob * 100) <= 3                                                        # other random starts
     assert d["black_box_wins"].figures["left"] == d.robust and d.attack == "pgd-10"
 
 
@@ -197,7 +217,7 @@ def test_a_weak_attack_is_found(nets, digits):
     assert [f.name for f in d.warnings] == ["more_steps_help"] and d["more_steps_help"].figures["more"] == 10
 
 
-# --- what a diagnosis may and may not do -----------------------------------------------------------------------------------
+# --- what a diagnosis may and may not do ------------------------------------------------------------
 
 def test_same_seed_same_diagnosis_and_nothing_disturbed(nets, digits):
     state, model = torch.get_rng_state(), Dices(nets["usual"]).train()
@@ -209,15 +229,16 @@ def test_same_seed_same_diagnosis_and_nothing_disturbed(nets, digits):
 def test_one_check_alone_says_what_it_says_among_all(nets, digits):
     full = diagnose(nets["usual"], digits, Linf(.1), effort=BRIEF, surrogate=nets["hardened"], device="cpu")
     for name in ("noise_wins", "restarts_help", "not_monotone", "rescaled_logits"):
-        assert diagnose(nets["usual"], digits, Linf(.1), effort=BRIEF, surrogate=nets["hardened"], only=[name], device="cpu")[name] == full[name]
+        assert brief(nets["usual"], digits, surrogate=nets["hardened"], only=[name])[name] == full[name]
 
 
 def test_batch_norm_left_in_training_mode(digits):
-    with seeded(0): net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 10)).train()
+    with seeded(0):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 10))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     assert diagnose(net, digits, Linf(.1), effort=BRIEF, only=["batch_dependence"], device="cpu").trustworthy
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert not diagnose(lambda x: net(x), digits, Linf(.1), effort=BRIEF, only=["batch_dependence"], device="cpu").trustworthy
+    assert not brief(lambda x: net(x), digits, only=["batch_dependence"]).trustworthy
 
 
 def test_a_model_that_is_a_plain_function(nets, digits):
@@ -237,24 +258,26 @@ def test_a_model_that_raises_is_a_finding(nets, digits):
         if x.requires_grad: raise RuntimeError("no gradients here")
         return nets["usual"](x)
     d = diagnose(shy, digits, Linf(.1), effort=BRIEF, device="cpu")
-    assert "no gradients here" in d["zero_gradients"].says and d["batch_dependence"].state == "passed" and d.robust == -1
-    assert "was not run" in repr(d)
+    assert "no gradients here" in d["zero_gradients"].says and d["batch_dependence"].state == "passed"
+    assert d.robust == -1 and "was not run" in repr(d)
 
 
 def test_a_model_that_gets_nothing_right(digits):
-    d = diagnose(lambda x: nn.functional.one_hot((digits.y + 1) % 10, 10).float()[:len(x)] if len(x) == 100 else torch.zeros(len(x), 10), digits, Linf(.1), device="cpu", only=["noise_wins"])
+    def next_one(x):
+        return F.one_hot((digits.y + 1) % 10, 10).float() if len(x) == 100 else torch.zeros(len(x), 10)
+    d = diagnose(next_one, digits, Linf(.1), device="cpu", only=["noise_wins"])
     assert d.right == 0 and d.robust == 0 and d["noise_wins"].state == "skipped"
 
 
 def test_few_images(nets, digits):
-    d = diagnose(nets["usual"], digits.subset([0, 1, 2]), Linf(.1), surrogate=nets["hardened"], effort=BRIEF, device="cpu")
+    d = brief(nets["usual"], digits.subset([0, 1, 2]), surrogate=nets["hardened"])
     assert d.images == 3 and d.trustworthy
-    assert not diagnose(Rounds(nets["usual"]), digits.subset([0, 1, 2]), Linf(.1), effort=BRIEF, device="cpu").trustworthy
+    assert not brief(Rounds(nets["usual"]), digits.subset([0, 1, 2])).trustworthy
 
 
 def test_two_classes(digits):
-    two = ImageSet(digits.x, digits.y % 2, ("even", "odd"), "parity", "test")
-    net = Trainer(epochs=3, lr=.05)(MLP, ImageSet(load("mnist5k").x, load("mnist5k").y % 2, ("even", "odd"), "parity"), device="cpu")
+    train, two = (ImageSet(s.x, s.y % 2, ("even", "odd"), "parity", s.split) for s in (load("mnist5k"), digits))
+    net = Trainer(epochs=3, lr=.05)(MLP, train, device="cpu")
     assert diagnose(net, two, Linf(.1), effort=BRIEF, device="cpu").trustworthy
     assert not diagnose(Rounds(net), two, Linf(.1), effort=BRIEF, device="cpu").trustworthy
 
@@ -271,18 +294,21 @@ def test_reports(honest, nets, digits):
 
 
 def test_limits_are_settings(nets, digits):
-    d = diagnose(nets["usual"], digits, Linf(.1), effort=BRIEF, limits=Limits(reach=1e-3), only=["zero_gradients"], device="cpu")
+    d = brief(nets["usual"], digits, limits=Limits(reach=1e-3), only=["zero_gradients"])
     assert not d.trustworthy
 
 
-@pytest.mark.parametrize("bad, message", [(dict(threat=Linf(0.)), "eps > 0"), (dict(threat=.1), "must be a Threat"), (dict(threat=Linf(.1), attack=PGD(L2(1.))), "one for the threat"),
-                                          (dict(threat=Linf(.1), only=["x"]), "unknown check")])
+@pytest.mark.parametrize("bad, message", [
+    (dict(threat=Linf(0.)), "eps > 0"), (dict(threat=.1), "must be a Threat"),
+    (dict(threat=Linf(.1), attack=PGD(L2(1.))), "one for the threat"),
+    (dict(threat=Linf(.1), only=["x"]), "unknown check")])
 def test_refuses(bad, message, nets, digits):
     with pytest.raises(BadArgument, match=message): diagnose(nets["usual"], digits, device="cpu", **bad)
 
 
 def test_refuses_wrong_logits_and_effort(digits):
-    with pytest.raises(BadArgument, match="classes >= 2"): diagnose(lambda x: x.flatten(1)[:, :1], digits, Linf(.1), device="cpu")
+    with pytest.raises(BadArgument, match="classes >= 2"):
+        diagnose(lambda x: x.flatten(1)[:, :1], digits, Linf(.1), device="cpu")
     with pytest.raises(BadArgument, match="queries must be a whole number"): Effort(queries=0)
     with pytest.raises(BadArgument, match="increasing"): Effort(radii=(1., .5))
 
@@ -294,12 +320,13 @@ def test_needed_is_the_binomial_quantile(share):
         assert (k > n or binom.sf(k - 1, n, share) < .01) and binom.sf(k - 2, n, share) >= .01
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------------
+# --- curves ------------------------------------------------------------
 
 @pytest.mark.parametrize("threat", ["linf", "l2", Linf(.3)])
 def test_a_sweep_starts_at_clean_accuracy(threat, nets, digits):
     t = eps_sweep(nets["hardened"], digits, threat, (.1, .05), lambda t: APGD(t, steps=5), device="cpu")
-    assert t.eps.tolist() == [0, .05, .1] and t.survived[0] == int((predict(nets["hardened"], digits.images()).argmax(1) == digits.y).sum())
+    right = int((predict(nets["hardened"], digits.images()).argmax(1) == digits.y).sum())
+    assert t.eps.tolist() == [0, .05, .1] and t.survived[0] == right
     assert all((low, high) == wilson(k, 100) for k, low, high in zip(t.survived, t.low, t.high))
     assert t.rob.is_monotonic_decreasing
 
@@ -315,7 +342,7 @@ def test_a_sweep_row_is_an_evaluation(nets, digits):
     plt.close(fig)
 
 
-# --- curvature and surfaces ------------------------------------------------------------------------------------------------
+# --- curvature and surfaces ------------------------------------------------------------
 
 def toy(activation, seed):
     with seeded(seed): net = nn.Sequential(nn.Linear(6, 12), activation, nn.Linear(12, 3))
@@ -326,8 +353,9 @@ def toy(activation, seed):
 @pytest.mark.parametrize("activation", [nn.Softplus(), nn.Tanh(), nn.ReLU()], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("seed", range(3))
 def test_curvature_equals_the_hessian(activation, seed):
-    net, x, y = toy(activation, seed), torch.rand(8, 6, generator=generator_of(seed), dtype=torch.float64), torch.arange(8) % 3
-    H = torch.stack([torch.autograd.functional.hessian(lambda v: F.cross_entropy(net(v[None]), yi[None]), xi) for xi, yi in zip(x, y)])
+    x, y = torch.rand(8, 6, generator=generator_of(seed), dtype=torch.float64), torch.arange(8) % 3
+    net, hessian = toy(activation, seed), torch.autograd.functional.hessian
+    H = torch.stack([hessian(lambda v: F.cross_entropy(net(v[None]), yi[None]), xi) for xi, yi in zip(x, y)])
     bend = curvature_of(net, x, y, steps=2000, tolerance=1e-7)
     assert torch.allclose(bend.value, torch.linalg.eigvalsh(H)[:, -1], rtol=1e-5, atol=1e-7)
     assert torch.allclose(torch.einsum("nij,nj->ni", H, bend.vector), bend.value[:, None] * bend.vector, atol=1e-4)
@@ -337,7 +365,8 @@ def test_curvature_equals_the_hessian(activation, seed):
 def test_curvature_of_images_in_float32_and_float64(nets, digits):
     x, y = digits.images()[:20], digits.y[:20]
     single, double = (curvature_of(nets["hardened"], x, y, steps=200, double=d) for d in (False, True))
-    assert single.value.dtype == torch.float32 and double.value.dtype == torch.float64 and next(nets["hardened"].parameters()).dtype == torch.float32
+    assert single.value.dtype == torch.float32 and double.value.dtype == torch.float64
+    assert next(nets["hardened"].parameters()).dtype == torch.float32
     assert torch.allclose(single.value.double(), double.value, rtol=1e-2, atol=1e-4)
     assert (0 <= double.alignment).all() and (double.alignment <= 1 + 1e-9).all()
 
@@ -347,11 +376,13 @@ def test_a_surface_is_the_loss_where_it_says(nets, digits):
     for signs in (True, False):
         s = loss_surface(net, x, y, .3, n=5, signs=signs)
         u, v = s.directions[:, 0], s.directions[:, 1]
-        assert (u * v).flatten(1).sum(1).abs().max() < 1e-3 and torch.allclose(u.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1))
+        assert (u * v).flatten(1).sum(1).abs().max() < 1e-3
+        assert torch.allclose(u.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1))
         with torch.no_grad():
             for i, j in ((2, 2), (0, 4), (3, 1)):
                 z = net(x + s.at[i] * u + s.at[j] * v)
-                assert torch.allclose(s.losses[:, i, j], cross_entropy(z, y), atol=1e-5) and torch.equal(s.right[:, i, j], z.argmax(1) == y)
+                assert torch.allclose(s.losses[:, i, j], cross_entropy(z, y), atol=1e-5)
+                assert torch.equal(s.right[:, i, j], z.argmax(1) == y)
 
 
 @pytest.mark.parametrize("projection", [None, "3d"])

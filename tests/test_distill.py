@@ -1,9 +1,12 @@
-"""The distillers' shared loop, DM and DC: against plain loops written out here, across interruptions, on networks that look at a batch as a whole."""
+"""The distillers' shared loop, DM and DC: against plain loops written out here, across interruptions, on networks that
+look at a batch as a whole."""
 import pytest
 import torch
 import torch.nn.functional as F
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
-from rdd_lib.compressed import find_method, load_compressed, save
+from rdd_lib.compressor import find_method
+from rdd_lib.published import load_compressed
+from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, drawn, generator_of, subseed
 from rdd_lib.data import load
 from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of
@@ -29,24 +32,31 @@ def plain_dc(method, data, seed, ipc):
     real, g = RealBatches(data, scale), generator_of(seed, "iteration", 0)
     net = method.net(data, subseed(drawn(g))).train()
     u.requires_grad_()
-    opt, inner = torch.optim.SGD([u], method.lr, momentum=method.momentum), torch.optim.SGD(net.parameters(), method.lr_net)
+    opt = torch.optim.SGD([u], method.lr, momentum=method.momentum)
+    inner = torch.optim.SGD(net.parameters(), method.lr_net)
     for o in range(method.outer):
         if o:
             for _ in range(method.inner):
-                torch.randperm(len(u), generator=g), Siamese("", data.name, g, len(u))
-                inner.zero_grad(); F.cross_entropy(net.model(u.detach()), y).backward(); inner.step()
+                torch.randperm(len(u), generator=g)
+                Siamese("", data.name, g, len(u))
+                inner.zero_grad()
+                F.cross_entropy(net.model(u.detach()), y).backward()
+                inner.step()
         loss = 0.
         for c in range(10):
             Siamese("", data.name, g)
             x = real(c, method.batch_real, g)
             torch.randint(2**62, (), generator=g)
-            goal = torch.autograd.grad(F.cross_entropy(net.model(x), torch.full((len(x),), c)), [*net.parameters()])
-            own = torch.autograd.grad(F.cross_entropy(net.model(u[y == c]), y[y == c]), [*net.parameters()], create_graph=True)
+            weights = [*net.parameters()]
+            goal = torch.autograd.grad(F.cross_entropy(net.model(x), torch.full((len(x),), c)), weights)
+            own = torch.autograd.grad(F.cross_entropy(net.model(u[y == c]), y[y == c]), weights, create_graph=True)
             for a, b in zip(own, goal):
                 if a.dim() == 1: continue
                 a, b = a.flatten(1), b.detach().flatten(1)
                 loss = loss + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
-        opt.zero_grad(); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
         with torch.no_grad(): u.copy_(scale.normalise(scale.pixels(u)))
     return scale.pixels(u.detach())
 
@@ -76,30 +86,40 @@ def test_dm_is_the_published_loss(digits):
 
 class Unplugged(list):
     "A log that pulls the plug after `n` steps."
-    def __init__(self, n): super().__init__(); self.n = n
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
     def append(self, v):
         super().append(v)
         if len(self) == self.n: raise KeyboardInterrupt
 
 
+DC = GradientMatching(iterations=4, outer=3, inner=2, augment=DSA, lr_label=.1, **SMALL)
 DD = BackpropThroughTraining(iterations=9, epochs=2, batch_real=50, halve_every=3, lr_label=.1, net=NARROW)
 
-@pytest.mark.parametrize("method", [GradientMatching(iterations=4, outer=3, inner=2, augment=DSA, lr_label=.1, **SMALL), DistributionMatching(iterations=9, **SMALL), DD])
+
+@pytest.mark.parametrize("method", [DC, DistributionMatching(iterations=9, **SMALL), DD])
 def test_an_interrupted_run_ends_in_the_same_bytes(digits, method, tmp_path):
     path, log, film, whole_log, whole_film = tmp_path / "run", [], {}, [], {}
-    whole = method.compress(digits, ipc=2, device="cpu", log=whole_log, snapshots=whole_film)
-    with pytest.raises(KeyboardInterrupt): method.compress(digits, ipc=2, device="cpu", checkpoint=path, every=1, log=Unplugged(8), snapshots={})
-    resumed = method.compress(digits, ipc=2, device="cpu", checkpoint=path, every=1, log=log, snapshots=film)
-    assert torch.equal(resumed.x, whole.x) and log == whole_log and [*film] == [*whole_film] and all(torch.equal(film[i], whole_film[i]) for i in film)
-    assert (whole.soft_labels is None) == (not method.lr_label) and (whole.soft_labels is None or torch.equal(whole.soft_labels, resumed.soft_labels))
+    run, noted = dict(ipc=2, device="cpu"), dict(checkpoint=path, every=1)
+    whole = method.compress(digits, **run, log=whole_log, snapshots=whole_film)
+    with pytest.raises(KeyboardInterrupt): method.compress(digits, **run, **noted, log=Unplugged(8), snapshots={})
+    resumed = method.compress(digits, **run, **noted, log=log, snapshots=film)
+    assert torch.equal(resumed.x, whole.x) and log == whole_log
+    assert [*film] == [*whole_film] and all(torch.equal(film[i], whole_film[i]) for i in film)
+    assert (whole.soft_labels is None) == (not method.lr_label)
+    assert whole.soft_labels is None or torch.equal(whole.soft_labels, resumed.soft_labels)
 
 
 def test_another_run_refuses_the_checkpoint(digits, tmp_path):
     path, method = tmp_path / "run", GradientMatching(iterations=4, **SMALL)
-    with pytest.raises(KeyboardInterrupt): method.compress(digits, ipc=1, device="cpu", checkpoint=path, every=1, log=Unplugged(3))
+    run = dict(ipc=1, device="cpu", checkpoint=path)
+    with pytest.raises(KeyboardInterrupt): method.compress(digits, **run, every=1, log=Unplugged(3))
     before = path.read_bytes()
     for other, seed in ((GradientMatching(iterations=4, lr=.2, **SMALL), 0), (method, 1)):
-        with pytest.raises(BadArgument, match="belongs to a run with other"): other.compress(digits, ipc=1, seed=seed, device="cpu", checkpoint=path)
+        with pytest.raises(BadArgument, match="belongs to another run of a distillation: other"):
+            other.compress(digits, **run, seed=seed)
     assert path.read_bytes() == before
 
 
@@ -116,7 +136,10 @@ def test_a_network_that_looks_at_the_batch_gets_it_whole(digits, norm, parts):
 
 def test_an_objective_of_the_whole_batch_gets_it_whole(digits):
     class Whole:
-        def __call__(self, model, x, y, w=None, generator=None): seen.append(len(x)); return Standard()(model, x, y)
+        def __call__(self, model, x, y, w=None, generator=None):
+            seen.append(len(x))
+            return Standard()(model, x, y)
+
     seen, method = [], GradientMatching(real_objective=Whole(), **SMALL)
     net = method.net(digits).train()
     method._real_gradient(net, [*net.parameters()][:1], digits.images()[:20], 0, generator_of(0))
@@ -129,7 +152,8 @@ def test_parts_of_a_gradient_add_up(digits):
     for chunk in (50, 16):
         method = GradientMatching(chunk=chunk, **SMALL)
         net = method.net(digits).double().train()
-        gradients.append(method._real_gradient(net, [p for p in net.parameters() if p.dim() > 1], x.double(), 3, generator_of(0)))
+        weights = [p for p in net.parameters() if p.dim() > 1]
+        gradients.append(method._real_gradient(net, weights, x.double(), 3, generator_of(0)))
     for a, b in zip(*gradients): assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
@@ -140,24 +164,28 @@ def test_dead_rows_make_no_nan():
 
 
 def test_presets_and_overrides():
-    dsa, dc, dm = find_method("dsa").build("cifar10", 10), find_method("dc").build("cifar10", 10), find_method("dm").build("cifar10", 100)
+    dsa, dc = (find_method(name).build("cifar10", 10) for name in ("dsa", "dc"))
+    dm = find_method("dm").build("cifar10", 100)
     assert (dsa.augment, dsa.init, dc.augment, dc.init, dm.lr) == (DSA, "real", "", "noise", 10.)
     changed = find_method("dsa").build("cifar10", 10, lr=".3", **{"net.settings.width": "32"})
     assert changed.lr == .3 and changed.net.settings == {"width": 32} and changed.augment == DSA
 
 
 def test_an_extractor_is_trained_on_the_real_set(digits):
-    plain, trained = (DistributionMatching(iterations=2, extractor=e, extractors=2, **SMALL).compress(digits, ipc=1, device="cpu") for e in (None, Trainer(steps=3)))
+    methods = [DistributionMatching(iterations=2, extractor=e, extractors=2, **SMALL) for e in (None, Trainer(steps=3))]
+    plain, trained = (method.compress(digits, ipc=1, device="cpu") for method in methods)
     assert not torch.equal(plain.x, trained.x)
 
 
 def test_a_saved_set_is_where_the_next_begins(digits, tmp_path):
     first = GradientMatching(iterations=1, **SMALL).compress(digits, ipc=2, device="cpu")
     path = save(first, tmp_path / "first.safetensors")
-    a, b = (DistributionMatching(iterations=2, init=i, **SMALL).compress(digits, ipc=1, device="cpu") for i in (first, str(path)))
+    methods = [DistributionMatching(iterations=2, init=init, **SMALL) for init in (first, str(path))]
+    a, b = (method.compress(digits, ipc=1, device="cpu") for method in methods)
     assert torch.equal(a.x, b.x) and a.provenance["start"]["fingerprint"] == first.fingerprint
     assert load_compressed(save(a, tmp_path / "a.safetensors")).provenance["start"] == a.provenance["start"]
-    with pytest.raises(BadArgument, match="init has 2 images of class 0, 3 are asked for"): GradientMatching(init=first, **SMALL).compress(digits, ipc=3)
+    with pytest.raises(BadArgument, match="init has 2 images of class 0, 3 are asked for"):
+        GradientMatching(init=first, **SMALL).compress(digits, ipc=3)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -181,7 +209,8 @@ def plain_dd(method, data, seed, ipc):
     scale = Scale(data)
     u, y = first_images(data, [ipc] * 10, "noise", scale, seed)
     raw = torch.full((ipc * method.epochs,), method.first_rate).expm1().log()
-    u.requires_grad_(), raw.requires_grad_()
+    u.requires_grad_()
+    raw.requires_grad_()
     opt, real = torch.optim.Adam([u, raw], method.lr, betas=(.5, .999)), RealBatches(data, scale)
     for it in range(method.iterations):
         for group in opt.param_groups: group["lr"] = method.lr * .5 ** (it // method.halve_every)
@@ -194,7 +223,9 @@ def plain_dd(method, data, seed, ipc):
             batch = [c * ipc + t % ipc for c in range(10)]
             grads = torch.autograd.grad(F.cross_entropy(run(weights, u[batch]), y[batch]), weights, create_graph=True)
             weights = [w - F.softplus(raw)[t] * d for w, d in zip(weights, grads)]
-        opt.zero_grad(); F.cross_entropy(run(weights, x), labels).backward(); opt.step()
+        opt.zero_grad()
+        F.cross_entropy(run(weights, x), labels).backward()
+        opt.step()
         with torch.no_grad(): u.copy_(scale.normalise(scale.pixels(u)))
     return scale.pixels(u.detach()), F.softplus(raw.detach())
 
@@ -209,5 +240,5 @@ def test_a_student_follows_the_walk_from_the_file(digits, tmp_path):
     made = load_compressed(save(DD.compress(digits, ipc=2, device="cpu"), tmp_path / "dd.safetensors"))
     assert [len(b) for b in made.schedule["batches"]] == [10] * 4 == [len(i) for i in walk_of(made.y, 2)]
     seen = []
-    Trainer(steps=7)(NARROW, made, 0, "cpu", watch=lambda i, logits: seen.append(i.tolist()))
+    Trainer(steps=7)(NARROW, made, 0, "cpu", watch=lambda step: seen.append(step.rows.tolist()))
     assert seen == made.schedule["batches"]

@@ -5,21 +5,23 @@ import pwd
 import resource
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from rdd_lib.compressed import Compressed, budget, load_compressed, save
-from rdd_lib.core import BadArgument, BrokenFile, MissingData, Unwritable, plain
+from rdd_lib.compressed import Compressed, save
+from rdd_lib.compressor import METHODS, Compressor, Method, budget, find_method, methods
+from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, plain
 from rdd_lib.files import atomic, kept, recalled, require_readable
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import MinimalCoreset, verify_coreset
 from rdd_lib.coresets.relaxed import RelaxedCoreset
-from rdd_lib.data import ImageSet, check_classes, data_root, load
-from rdd_lib.models import Net, build
-from rdd_lib.published import export, load_published, load_weights, published_stats
+from rdd_lib.data import DATASETS, ImageSet, load
+from rdd_lib.models import MODELS, Net, build, check_classes
+from rdd_lib.exports import export, load_weights, published_stats
+from rdd_lib.published import load_compressed, load_published
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.attacks.threats import Linf
 from rdd_lib.training.trainer import Trainer
@@ -234,7 +236,7 @@ def test_numpys_integers_are_plain_at_the_door(ten, tmp_path, size):
     (name, value), = size.items()
     S = Random().compress(ten, **size, seed=np.int64(3))
     assert type(S.provenance[name]) is int and S.provenance["seed"] == 3
-    exported = [S.export("pt", tmp_path / "s.pt"), S.export("folder", tmp_path / "s")]
+    exported = [export(S, "pt", tmp_path / "s.pt"), export(S, "folder", tmp_path / "s")]
     for path in (save(S, tmp_path / "s.safetensors"), *exported):
         assert load_compressed(path).provenance == S.provenance and S.provenance[name] == value
     assert torch.equal(S.x, Random().compress(ten, **{name: int(value)}, seed=3).x)
@@ -248,7 +250,7 @@ def test_classes_radius_and_schedule_of_numpy_can_be_saved(ten, tmp_path):
     back = load_compressed(save(S, tmp_path / "s.safetensors"))
     assert back.classes == S.classes == tuple(range(10)) and (back.radius, back.lower_bound) == (.5, .25)
     assert back.schedule == {"lrs": [.5, .25], "batches": [[0, 1]]} and back.provenance == {"n": 2}
-    assert load_compressed(S.export("pt", tmp_path / "s.pt", normalise=False)).classes == tuple(range(10))
+    assert load_compressed(export(S, "pt", tmp_path / "s.pt", normalise=False)).classes == tuple(range(10))
     with pytest.raises(BadArgument, match=r"provenance\['model'\] must be plain data"):
         Compressed(ten.x, ten.y, ten.classes, provenance={"model": object()})
 
@@ -321,7 +323,8 @@ def test_what_is_transparent_is_on_white(tmp_path):
     assert abs(decoded(tmp_path / "a.png", 3, (1, 4)).astype(int) - [wanted]).max() <= 1
     Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8)).save(tmp_path / "b.png")
     assert decoded(tmp_path / "b.png", 1, (1, 2)).tolist() == [[[40], [255]]]
-    p = Image.fromarray(np.array([[0, 1]], np.uint8)); p.putpalette([9, 9, 9, 50, 60, 70])
+    p = Image.fromarray(np.array([[0, 1]], np.uint8))
+    p.putpalette([9, 9, 9, 50, 60, 70])
     p.save(tmp_path / "c.png", transparency=0)
     assert decoded(tmp_path / "c.png", 3, (1, 2)).tolist() == [[[255] * 3, [50, 60, 70]]]
 
@@ -331,7 +334,8 @@ def test_what_is_transparent_is_on_white(tmp_path):
 def test_exif_orientation_is_applied(tmp_path, orientation, turned):
     a = np.zeros((2, 3, 3), np.uint8)
     a[0, 0], a[1, 2] = 200, 90
-    exif = Image.Exif(); exif[0x0112] = orientation
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     Image.fromarray(a).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(decoded(tmp_path / "a.png", 3, turned(a).shape[:2]), turned(a))
 
@@ -451,12 +455,11 @@ def full_disk(size=4096):
 
 def writers():
     import pandas as pd
-    from rdd_lib.coresets.signals import Signals, _keep
+    from rdd_lib.coresets.signals import Signals
     from rdd_lib.data import _write_npz
-    from rdd_lib.distill.synthetic import save_checkpoint
     from rdd_lib.reproduce import tables as report
     from rdd_lib.reproduce.store import CellKey, CellStore
-    from rdd_lib.files import save_table
+    from rdd_lib.files import save_table, write_tensors
     g = torch.Generator().manual_seed(0)
     S = Compressed(torch.randint(256, (20, 3, 32, 32), generator=g).byte(), torch.arange(20) % 10, "0123456789", "mine")
     rows = pd.DataFrame({"a": torch.rand(5000, generator=g).numpy()})
@@ -465,9 +468,9 @@ def writers():
             "export folder": lambda p: export(S, "folder", p / "s"), "csv": lambda p: save_table(rows, p / "t.csv"),
             "parquet": lambda p: save_table(rows, p / "t.parquet"), "report": lambda p: report.save_table(rows, p, "t"),
             "npz": lambda p: _write_npz(p / "t.npz", np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9)),
-            "signals": lambda p: _keep(seen, p / "s.safetensors", {}),
+            "signals": lambda p: write_tensors(p / "s.safetensors", seen._tensors()),
             "text": lambda p: CellStore(p).put(CellKey("f", {}), "x" * 9999),
-            "checkpoint": lambda p: save_checkpoint(p / "c", "k", {"a": torch.zeros(9999)}, 1)}
+            "checkpoint": lambda p: write_tensors(p / "c", {"a": torch.zeros(9999)}, done=1)}
 
 
 WRITERS = "save, export pt, export folder, csv, parquet, report, npz, signals, text, checkpoint".split(", ")
@@ -543,10 +546,10 @@ def test_a_protocol_never_deletes_a_kept_set(monkeypatch, damage, ten):
 
 
 def test_broken_signals_are_set_aside_too(tmp_path):
-    from rdd_lib.coresets.signals import _kept_signals
+    from rdd_lib.coresets.signals import _read
     save_file({"features": torch.zeros(2, 2)}, tmp_path / "s.safetensors")
     with pytest.warns(RuntimeWarning, match="the file of signals .*is broken"):
-        assert _kept_signals(tmp_path / "s.safetensors") is None
+        assert recalled(tmp_path / "s.safetensors", _read, "the file of signals") is None
     assert os.listdir(tmp_path) == ["s.safetensors.broken"]
 
 
@@ -563,18 +566,103 @@ def test_folders_without_a_home(homeless, monkeypatch, tmp_path):
     with pytest.raises(MissingData, match="there is no home folder .*set RDD_DATA"): load("mnist")
     with pytest.raises(MissingData, match="set RDD_STORE"): kept("compressed")
     monkeypatch.setenv("RDD_DATA", str(tmp_path))
-    assert data_root() == tmp_path
+    assert kept("data") == tmp_path
     assert written(tmp_path, "mnist", np.zeros((2, 28, 28, 1), np.uint8)).shape == (1, 28, 28)
     monkeypatch.delenv("RDD_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data_root() == tmp_path / "rdd_lib/data" and kept("cells") == tmp_path / "rdd_lib/cells"
+    assert kept("data") == tmp_path / "rdd_lib/data" and kept("cells") == tmp_path / "rdd_lib/cells"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RDD_DATA", "~/d")
     monkeypatch.setenv("RDD_STORE", "~/s/cells")
-    assert [data_root(), kept("cells"), kept("signals")] == [tmp_path / p for p in ("d", "s/cells", "s/signals")]
+    assert [kept("data"), kept("cells"), kept("signals")] == [tmp_path / p for p in ("d", "s/cells", "s/signals")]
     for name in ("RDD_DATA", "RDD_STORE"): monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", "~/c")
-    assert data_root() == tmp_path / "c/rdd_lib/data" and kept("compressed") == tmp_path / "c/rdd_lib/compressed"
+    assert kept("data") == tmp_path / "c/rdd_lib/data" and kept("compressed") == tmp_path / "c/rdd_lib/compressed"
+
+
+# --- what other packages announce -------------------------------------------------------------------------------------
+
+class Point:
+    "An entry point of a package that is called mine."
+    value = "mine:thing"
+
+    def __init__(self, name, thing): self.name, self.thing = name, thing
+
+    def load(self):
+        if self.thing is None: raise ImportError("no module named 'mine'")
+        return self.thing
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    "Makes a registry look again, at things of a package that is not there."
+    def look(registry, **things):
+        group = f"rdd_lib.{registry.kind.replace(' ', '')}s"
+        points = {group: [Point(name, thing) for name, thing in things.items()]}
+        monkeypatch.setattr("rdd_lib.core.entry_points", lambda group: points.get(group, []))
+        for name, value in (("looked", False), ("found", dict(registry.found)), ("names", dict(registry.names))):
+            monkeypatch.setattr(registry, name, value)
+        with pytest.warns(RuntimeWarning) as told: assert len(registry) > 4
+        return [str(w.message) for w in told]
+    return look
+
+
+@dataclass(frozen=True)
+class First(Compressor):
+    "The first of each class."
+    skip: int = 0
+
+    def make(self, data, counts, seed, device):
+        return {"indices": torch.cat([rows[self.skip:][:k] for rows, k in zip(data.per_class, counts)])}
+
+
+def test_methods_of_other_packages(announced, ten):
+    preset = Method("second", First, "nobody 1999", preset=lambda data, ipc: {"skip": 1})
+    told = announced(METHODS, first=First, second=preset, gone=None, odd=dict, mcs=First)
+    assert find_method("FIRST").build("mnist5k", 1, skip="2") == First(2)
+    assert METHODS.build("first", "mnist5k", 1, skip=2) == First(2)
+    assert METHODS.build("second", "mnist5k", 1) == First(1) and str(methods()["second"]).endswith("nobody 1999.")
+    assert str(methods()["first"]) == f"The first of each class. From the package {__name__}."
+    assert METHODS["first"]("mnist5k", 1).compress(ten, ipc=1, device="cpu").indices.tolist() == list(range(10))
+    assert "the method 'gone' of 'mine:thing' cannot be loaded (ImportError: no module named 'mine')" in told[0]
+    assert "a method is a Compressor or a Method, got <class 'dict'>" in told[1] and "the name is taken" in told[2]
+    assert find_method("mcs").name == "minimal_coreset" and "gone" not in methods() and "odd" not in methods()
+
+
+def test_models_of_other_packages(announced, ten):
+    class Linear(torch.nn.Module):
+        def __init__(self, channels, classes, size, bias=True):
+            super().__init__()
+            self.layer = torch.nn.Linear(channels * size * size, classes, bias)
+
+        def forward(self, x): return self.layer(x.flatten(1))
+    told, = announced(MODELS, linear=Linear, gone=None)
+    assert Net("linear", dict(bias=False))(ten, 1)(ten.images()).shape == (20, 10)
+    with pytest.raises(BadArgument, match="model 'linear' cannot take these settings"): build("linear", ten, width=3)
+    assert "the model 'gone' of 'mine:thing' cannot be loaded" in told and "gone" not in MODELS
+
+
+def test_data_sets_of_other_packages(announced, ten):
+    def some(split):
+        "Twenty stripes."
+        return ten
+
+    told, = announced(DATASETS, stripes=some, none=lambda split: None, gone=None)
+    data = load("stripes", "test")
+    assert (data.name, data.split, data.fingerprint) == ("stripes", "test", ten.fingerprint)
+    assert str(DATASETS["stripes"]) == "Twenty stripes." and build("mlp", data).classes == ten.classes
+    with pytest.raises(BadArgument, match="data set 'none' must be an ImageSet, got a NoneType"): load("none")
+    with pytest.raises(BadArgument, match="size is for image folders .*; stripes has its own"): load("stripes", size=8)
+    assert "the data set 'gone' of 'mine:thing' cannot be loaded" in told
+    with pytest.raises(UnknownName, match="unknown data set 'gone'"): load("gone")
+
+
+def test_a_published_set_of_anothers_data_set_asks_for_its_classes(announced, tmp_path, ten):
+    announced(DATASETS, stripes=lambda split: ten, gone=None)
+    torch.save([ten.images(), ten.y], tmp_path / "s.pt")
+    with pytest.raises(BadArgument, match=r"are known when it is read: give data=load\('stripes'\)"):
+        load_published(tmp_path / "s.pt", "stripes")
+    assert load_published(tmp_path / "s.pt", load("stripes")).name == "stripes"

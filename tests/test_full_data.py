@@ -1,4 +1,4 @@
-"""What only the full data sets can show: exact distances, a cover of a whole class, and the level of the paper's baseline."""
+"""What only the full data sets can show: exact distances, a cover of a class, the level of the paper's baseline."""
 import pytest
 import torch
 from conftest import FULL, needs
@@ -31,7 +31,9 @@ def test_a_whole_class_is_covered_and_bounded():
 @needs("mnist")
 @pytest.mark.skipif(not FULL, reason="minutes; in make test-all")
 def test_random_images_reach_the_level_of_the_paper():
-    "MCS paper, Table 1: Rand with 50 images per class, ResNet-18, 20 epochs: 95.15 +- .14. One seed, 500 test images: five points either way."
+    """MCS paper, Table 1: Rand with 50 images per class, ResNet-18, 20 epochs: 95.15 +- .14.
+
+    One seed, 500 test images: five points either way."""
     S, test = Random().compress(load("mnist"), ipc=50, seed=0), sample(load("mnist", "test"), 500)
     score = std_score(S, test, Net("resnet18"), Trainer(), seeds=(0,), device="cpu")
     assert abs(100 * score.mean - 95.15) < 5

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
-from rdd_lib import core
-from rdd_lib.compressed import find_method, load_compressed, methods, save
-from rdd_lib.core import BadArgument, NoDevice, batch_of, device_of, generator_of, seeded
+from rdd_lib import models
+from rdd_lib.compressor import find_method, methods
+from rdd_lib.published import load_compressed
+from rdd_lib.compressed import save
+from rdd_lib.core import BadArgument, NoDevice, device_of, generator_of
+from rdd_lib.models import batch_of, seeded
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import verify_coreset
 from rdd_lib.coresets.signals import Proxy, signals
@@ -32,19 +35,27 @@ from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness, three_at
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.cells import Protocol, score
 from rdd_lib.reproduce.store import CellKey, device_used
-from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
-from rdd_lib.attacks.autoattack import ATTACKS, attack_of
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.walk import ATTACKS
+from rdd_lib.attacks.autoattack import attack_of
 from rdd_lib.attacks.carlini_wagner import CW
-from rdd_lib.certify.certificate import METHODS, certify, logit_bounds, margin_bounds, sandwich
+from rdd_lib.certificates.certificate import METHODS, certify, logit_bounds, margin_bounds
+from rdd_lib.evaluation.sandwich import sandwich
 from rdd_lib.training.curvature import Curvature
-from rdd_lib.evaluation.diagnostics import Effort, diagnose, eps_sweep
+from rdd_lib.evaluation.checks import Effort
+from rdd_lib.evaluation.diagnostics import diagnose, eps_sweep
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
+from rdd_lib.exports import export
 from rdd_lib.attacks.fab import boundary_distance
 from rdd_lib.evaluation.landscape import curvature_of, loss_surface
-from rdd_lib.training.objectives import cost, slowdown
-from rdd_lib.certify.smoothing import Noisy, Smoothed, sandwich_smoothed
+from rdd_lib.training.cost import cost, slowdown
+from rdd_lib.training.certified import Noisy
+from rdd_lib.certificates.smoothing import Smoothed
+from rdd_lib.evaluation.sandwich import sandwich_smoothed
 from rdd_lib.attacks.threats import L2, Linf
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, objective_of
+from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.trainer import Trainer
 
 NET = Net("convnet", dict(width=4, depth=2))
 PROXY = Proxy(NET, Trainer(epochs=2, lr=.05, batch=16))
@@ -148,8 +159,8 @@ def test_flows_on_a_set_of_gpu_tensors(gpu, train, test, model, tmp_path):
         agree(a, read)
     verify_coreset(small("mcs").compress(data, ipc=2, device="cpu"), train, gpu)
     verify_coreset(small("mcs").compress(train, ipc=2, device="cpu"), data, gpu)
-    b.export("pt", tmp_path / "b.pt")
-    b.export("folder", tmp_path / "b")
+    export(b, "pt", tmp_path / "b.pt")
+    export(b, "folder", tmp_path / "b")
     agree(replace(b, x=b.x.cpu(), y=b.y.cpu()).show().get_size_inches(), b.show().get_size_inches())
 
 
@@ -168,9 +179,9 @@ SETTINGS = {"augmented": dict(augment="color_crop_cutout_flip_scale_rotate"), "c
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_training_in_other_ways(gpu, train, settings):
     def run(d):
-        log, last = [], []
-        net = Trainer(steps=3, **settings)(NET, train, device=d, log=log, watch=lambda i, z: last.append(z.cpu()))
-        return net.cpu().state_dict(), log, last
+        seen = []
+        net = Trainer(steps=3, **settings)(NET, train, device=d, watch=seen.append)
+        return net.cpu().state_dict(), [step.loss.item() for step in seen], [step.logits.cpu() for step in seen]
     check(run, gpu)
 
 
@@ -507,7 +518,7 @@ def test_batches_suit_the_device(gpu, test, model, monkeypatch):
         def forward(self, x):
             sizes.append(len(x))
             return model(x)
-    monkeypatch.setattr(core.batch_of, "__defaults__", (4, 9, "batch"))       # instead of 250 and 500
+    monkeypatch.setattr(models.batch_of, "__defaults__", (4, 9, "batch"))       # instead of 250 and 500
     for device, size in (("cpu", 4), (gpu, 9)):
         model.to(device)
         evaluate(Sees(), test, None, device=device)

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 from rdd_lib.augmentation import Scale
-from rdd_lib.compressed import find_method, methods, save
+from rdd_lib.compressor import find_method, methods
+from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.data import load, sample
 from rdd_lib.distill.gradient import GradientMatching
@@ -18,7 +19,8 @@ def digits(): return sample(load("mnist5k"), 300)
 
 
 def tiny(objective=Standard(), norm="instance", **settings):
-    return GradientMatching(**dict(iterations=2, batch_real=12, net=Net("convnet", dict(width=4, norm=norm)), real_objective=objective) | settings)
+    net = Net("convnet", dict(width=4, norm=norm))
+    return GradientMatching(**dict(iterations=2, batch_real=12, net=net, real_objective=objective) | settings)
 
 
 def run(distiller, data, ipc=1, **kw): return distiller.compress(data, ipc=ipc, device="cpu", **kw)
@@ -45,7 +47,8 @@ def test_every_variant_composes_and_repeats(digits, variant, norm, augment):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_split_batches(digits, variant):
-    "The paper's penalty is a mean over images, so parts change nothing; the authors' two are given the whole batch whatever `chunk` says."
+    """The paper's penalty is a mean over images, so parts change nothing;
+    the authors' two are given the whole batch whatever `chunk` says."""
     a, b = (run(tiny(Curvature(1., 1.5, variant), chunk=k), digits).x for k in (3, 12))
     assert torch.allclose(a, b, atol=1e-4)
     assert torch.equal(a, b) or variant == "paper"
@@ -75,17 +78,21 @@ def test_batch_norm_sees_the_whole_batch_in_train_mode(digits, norm, sizes):
 def test_real_gradient_is_the_objectives(digits):
     distiller, scale = tiny(Curvature(2., 1.5), chunk=5), Scale(digits)
     net = distiller.net(digits, 0).train()
-    weights, x = [p for p in net.parameters() if p.dim() > 1], scale.raw(RealBatches(digits, scale)(7, 12, generator_of(1)))
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    x = scale.raw(RealBatches(digits, scale)(7, 12, generator_of(1)))
     whole = torch.autograd.grad(Curvature(2., 1.5)(net, x, torch.full((12,), 7)), weights)
-    for a, b in zip(distiller._real_gradient(net, weights, x, 7, generator_of(0)), whole): assert torch.allclose(a, b, atol=1e-6, rtol=1e-3)
+    parts = distiller._real_gradient(net, weights, x, 7, generator_of(0))
+    for a, b in zip(parts, whole): assert torch.allclose(a, b, atol=1e-6, rtol=1e-3)
     assert all(p.grad is None for p in net.parameters())
 
 
 def test_networks_are_the_same_as_dcs(digits):
-    "The penalty draws nothing: first losses differ only by what is matched, and start images, networks and batches are DC's."
+    """The penalty draws nothing: first losses differ only by what is matched,
+    and start images, networks and batches are DC's."""
     logs = [], []
     first = {}, {}
-    for o, log, pictures in zip((Standard(), Curvature(1e-9)), logs, first): run(tiny(o), digits, log=log, snapshots=pictures)
+    for o, log, pictures in zip((Standard(), Curvature(1e-9)), logs, first):
+        run(tiny(o), digits, log=log, snapshots=pictures)
     assert torch.equal(first[0][0], first[1][0])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
@@ -106,9 +113,10 @@ def test_resumes_to_the_same_bytes(digits, tmp_path):
             if it == 2: raise Stop
             super().__setitem__(it, x)
     path = tmp_path / "run.safetensors"
-    with pytest.raises(Stop): run(tiny(Curvature(.3), iterations=4), digits, checkpoint=path, every=1, snapshots=Breaks())
+    four = tiny(Curvature(.3), iterations=4)
+    with pytest.raises(Stop): run(four, digits, checkpoint=path, every=1, snapshots=Breaks())
     assert path.exists()
-    again = run(tiny(Curvature(.3), iterations=4), digits, checkpoint=path, every=1)
+    again = run(four, digits, checkpoint=path, every=1)
     assert torch.equal(again.x, whole.x) and path.exists()
     save(again, tmp_path / "result.safetensors")
     assert not path.exists()
@@ -121,18 +129,22 @@ def test_preset_is_dc_with_another_word(data, ipc):
     assert replace(guard, real_objective=Standard()) == dc
     assert replace(both, real_objective=Standard()) == dsa
     assert guard.real_objective == both.real_objective and guard.real_objective.variant == "paper"
-    assert (guard.iterations, guard.batch_real, guard.lr, guard.lr_net) == (1000, 256, .1, .01)          # early paper, section 7.1
+    early = (1000, 256, .1, .01)                          # early paper, section 7.1
+    assert (guard.iterations, guard.batch_real, guard.lr, guard.lr_net) == early
     assert {"gradient_matching_curvature", "gradient_matching_augmented_curvature"} <= set(methods())
 
 
 def test_provenance_names_lambda_and_h(digits):
-    made = run(find_method("guard").build("mnist5k", 1, iterations=1, batch_real=8, net=Net("convnet", dict(width=4)), **{"real_objective.h": "3"}), digits)
+    settings = dict(iterations=1, batch_real=8, net=Net("convnet", dict(width=4))) | {"real_objective.h": "3"}
+    made = run(find_method("guard").build("mnist5k", 1, **settings), digits)
     said = made.provenance["method"]["real_objective"]
     assert said["is"] == "Curvature" and said["h"] == 3. and said["lam"] == 1.
 
 
-@pytest.mark.parametrize("settings,error", [({"real_objective.lam": -1.}, BadArgument), ({"real_objective.h": 0.}, BadArgument), ({"real_objective.variant": "cifar"}, UnknownName),
-                                            ({"real_objective.lambda": 1.}, UnknownName), ({"real_objective.lam": "much"}, BadArgument), ({"iterations": 0}, BadArgument)])
+@pytest.mark.parametrize("settings,error", [
+    ({"real_objective.lam": -1.}, BadArgument), ({"real_objective.h": 0.}, BadArgument),
+    ({"real_objective.variant": "cifar"}, UnknownName), ({"real_objective.lambda": 1.}, UnknownName),
+    ({"real_objective.lam": "much"}, BadArgument), ({"iterations": 0}, BadArgument)])
 def test_bad_settings(settings, error):
     with pytest.raises(error): find_method("guard").build("mnist", 1, **settings)
 

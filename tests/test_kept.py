@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from typer.testing import CliRunner
-from rdd_lib.compressed import load_compressed, save
+from rdd_lib.published import load_compressed
+from rdd_lib.compressed import save
 from rdd_lib.core import Unwritable
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.signals import Proxy, signals
@@ -18,9 +19,10 @@ from rdd_lib.reproduce import cells as protocol
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.store import CellStore
 from rdd_lib import files
-from rdd_lib.attacks.pgd import PGD, attack_until_broken
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.evaluation.outcome import evaluate
-from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.certificates.smoothing import Smoothed
 from rdd_lib.attacks.threats import Linf
 from rdd_lib.training.trainer import Trainer
 

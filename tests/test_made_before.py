@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from rdd_lib.compressed import load_compressed
+from rdd_lib.published import load_compressed
 from rdd_lib.core import describe
 from rdd_lib.coresets.random import Random
 from rdd_lib.coresets.covering import KCenterGreedy, MinimalCoreset, verify_coreset
@@ -21,16 +21,18 @@ from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.reproduce.guard import Condensed, bound_terms, made, robustness
+from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness
+from rdd_lib.reproduce.cells import made
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.cells import Protocol, compressed, score
 from rdd_lib.reproduce.store import CellKey, CellStore
-from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.autoattack import autoattack
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.training.objectives import Adversarial
-from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.certificates.smoothing import Smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trades import Trades

@@ -1,11 +1,15 @@
-"""Every objective against its formula in plain autograd, weights, soft labels, passes through the network, and the global generator."""
+"""Every objective against its formula in plain autograd: weights, soft labels, passes through the network, draws."""
 import copy
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import EntryPoint
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, digest, generator_of, seeded
+from rdd_lib import core
+from rdd_lib.core import BadArgument, UnknownName, digest, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import load, sample
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import PGD
@@ -14,26 +18,33 @@ from rdd_lib.training.curvature import Curvature, cure, unit
 from rdd_lib.training.fast import Free, fast
 from rdd_lib.training.input_gradient import GradientPenalty
 from rdd_lib.training.mart import Mart, boosted
-from rdd_lib.training.objectives import Adversarial, Standard, cost, depends_on_mode, generalized, hard, searching, session_of
+from rdd_lib.training.objectives import (OBJECTIVES, Adversarial, Standard, depends_on_mode, generalized, hard,
+                                         objective_of, searching, session_of, trait)
+from rdd_lib.training.cost import cost
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trades import Trades, divergence
-from rdd_lib.training.trainer import OBJECTIVES, Trainer, batches, objective_of
+from rdd_lib.training.trainer import Trainer, batches
 
 THREATS = [Linf(.1), L2(.5)]
-PENALTIES = {"curvature": Curvature(2., .7), "sign": cure(2., .7), "gradient l2": GradientPenalty(.5), "gradient l1": GradientPenalty(.05, 1),
+PENALTIES = {"curvature": Curvature(2., .7), "sign": cure(2., .7),
+             "gradient l2": GradientPenalty(.5), "gradient l1": GradientPenalty(.05, 1),
              "difference l2": GradientPenalty(.5, h=.3), "difference l1": GradientPenalty(.05, 1, h=.05)}
-SEARCHING = {"adversarial": Adversarial(PGD(Linf(.1), 3)), "generalized": generalized(PGD(Linf(.1), 3), .05), "fast": fast(Linf(.1)),
-             "trades": Trades(Linf(.1), steps=3), "mart": Mart(PGD(Linf(.1), 3))}
+SEARCHING = {"adversarial": Adversarial(PGD(Linf(.1), 3)), "generalized": generalized(PGD(Linf(.1), 3), .05),
+             "fast": fast(Linf(.1)), "trades": Trades(Linf(.1), steps=3), "mart": Mart(PGD(Linf(.1), 3))}
 AUTHORS = {v: Curvature(2., .7, v) for v in ("authors_cifar", "authors_imagenet")}
 ALL = {"standard": Standard()} | PENALTIES | SEARCHING | AUTHORS | {"free": Free(Linf(.1))}
 
 
 def smooth(dtype=torch.double):
-    with seeded(0): return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 8), nn.Softplus(), nn.Linear(8, 3)).to(dtype)
+    with seeded(0):
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 8), nn.Softplus(),
+                             nn.Linear(8, 3)).to(dtype)
 
 
 def with_batch_norm():
-    with seeded(0): return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(3 * 16, 3)).train()
+    with seeded(0):
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(.3), nn.Flatten(),
+                             nn.Linear(3 * 16, 3)).train()
 
 
 @pytest.fixture
@@ -42,7 +53,11 @@ def batch():
     return torch.rand(10, 1, 6, 6, generator=g, dtype=torch.double) * .6 + .2, torch.randint(3, (10,), generator=g)
 
 
-def slopes(loss, model): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+def slopes(loss, model):
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+
 def each(model, x, y): return F.cross_entropy(model(x), y, reduction="none")
 
 
@@ -60,6 +75,12 @@ def probe(model, x, y, direction):
     return (g / lengths(g).view(-1, 1, 1, 1)).detach()
 
 
+def bent(model, x, y, z, lam, h):
+    "Curvature's loss, z given."
+    turn = gradient_at(model, x + h * z, y) - gradient_at(model, x, y)
+    return F.cross_entropy(model(x), y) + lam * lengths(turn).square().mean()
+
+
 # ---------- values and gradients against plain statements
 
 @pytest.mark.parametrize("direction", ["gradient", "sign"])
@@ -67,7 +88,7 @@ def test_curvature_is_its_formula_and_so_is_its_gradient(batch, direction):
     x, y = batch
     model, lam, h = smooth(), 2., .7
     z = probe(model, x, y, direction)
-    naive = lambda: F.cross_entropy(model(x), y) + lam * lengths(gradient_at(model, x + h * z, y) - gradient_at(model, x, y)).square().mean()
+    naive = lambda: bent(model, x, y, z, lam, h)
     ours = Curvature(lam, h, direction=direction)(model, x, y)
     torch.testing.assert_close(ours, naive())
     torch.testing.assert_close(slopes(ours, model), slopes(naive(), model))
@@ -78,14 +99,16 @@ def test_curvature_gradient_against_finite_differences(batch):
     x, y = batch
     model, lam, h = smooth(), 2., .7
     z = probe(model, x, y, "gradient")
-    value = lambda: (F.cross_entropy(model(x), y) + lam * lengths(gradient_at(model, x + h * z, y) - gradient_at(model, x, y)).square().mean()).item()
+    value = lambda: bent(model, x, y, z, lam, h).item()
     grad = slopes(Curvature(lam, h)(model, x, y), model)
     flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     for k in torch.randperm(len(flat), generator=generator_of(1))[:25]:
         there = []
         for step in (1e-5, -1e-5):
-            moved = flat.clone(); moved[k] += step
-            torch.nn.utils.vector_to_parameters(moved, model.parameters()); there.append(value())
+            moved = flat.clone()
+            moved[k] += step
+            torch.nn.utils.vector_to_parameters(moved, model.parameters())
+            there.append(value())
         torch.nn.utils.vector_to_parameters(flat, model.parameters())
         assert (there[0] - there[1]) / 2e-5 == pytest.approx(grad[k].item(), rel=1e-5, abs=1e-8)
 
@@ -97,7 +120,8 @@ def test_the_authors_variants(batch):
     mean_gradient = lambda a: torch.autograd.grad(F.cross_entropy(model(a), y), a, create_graph=True)[0]
     near, far = x.clone().requires_grad_(), (x + .7 * z).requires_grad_()
     cifar = F.cross_entropy(model(x), y) + 2 * lengths(mean_gradient(far) - mean_gradient(near)).mean()
-    imagenet = F.cross_entropy(model(x), y) + 2 * (F.cross_entropy(model(x + .7 * z), y) - F.cross_entropy(model(x), y)).abs()
+    rise = F.cross_entropy(model(x + .7 * z), y) - F.cross_entropy(model(x), y)
+    imagenet = F.cross_entropy(model(x), y) + 2 * rise.abs()
     for variant, naive in (("authors_cifar", cifar), ("authors_imagenet", imagenet)):
         ours = Curvature(2., .7, variant)(model, x, y)
         torch.testing.assert_close(ours, naive)
@@ -114,7 +138,8 @@ def test_gradient_penalty(batch, norm):
     torch.testing.assert_close(slopes(ours, model), slopes(exact, model))
     g = gradient_at(model, x, y, False)
     v = g.sign() if norm == 1 else g / lengths(g).view(-1, 1, 1, 1)
-    difference = F.cross_entropy(model(x), y) + .5 * ((each(model, x + .3 * v, y) - each(model, x, y)) / .3).square().mean()
+    slope = (each(model, x + .3 * v, y) - each(model, x, y)) / .3
+    difference = F.cross_entropy(model(x), y) + .5 * slope.square().mean()
     ours = GradientPenalty(.5, norm, h=.3)(model, x, y)
     torch.testing.assert_close(ours, difference)
     torch.testing.assert_close(slopes(ours, model), slopes(difference, model))
@@ -131,7 +156,8 @@ def test_trades_is_its_formula_and_its_climb_the_published_one(batch, threat):
     for _ in range(4):
         at = at.detach().requires_grad_()
         g = torch.autograd.grad((p * (p.log() - model(at).log_softmax(1))).sum(), at)[0]
-        if isinstance(threat, Linf): at = torch.min(torch.max(at.detach() + .025 * g.sign(), x - .1), x + .1).clamp(0, 1)
+        if isinstance(threat, Linf):
+            at = torch.min(torch.max(at.detach() + .025 * g.sign(), x - .1), x + .1).clamp(0, 1)
         else:
             d = at.detach() + .125 * g / lengths(g).view(-1, 1, 1, 1) - x
             at = (x + d * (threat.eps / lengths(d).clamp_min(threat.eps)).view(-1, 1, 1, 1)).clamp(0, 1)
@@ -186,13 +212,18 @@ def test_free_against_a_loop_by_hand(threat):
             n = len(i)
             at = (x[i] + delta[:n]).clamp(0, 1).requires_grad_()
             loss = F.cross_entropy(theirs(at), y[i])
-            opts[1].zero_grad(); loss.backward(); opts[1].step()
-            if isinstance(threat, Linf): delta[:n] = (delta[:n] + threat.eps / 2 * at.grad.sign()).clamp(-threat.eps, threat.eps)
+            opts[1].zero_grad()
+            loss.backward()
+            opts[1].step()
+            if isinstance(threat, Linf):
+                delta[:n] = (delta[:n] + threat.eps / 2 * at.grad.sign()).clamp(-threat.eps, threat.eps)
             else:
                 moved = delta[:n] + threat.eps / 2 * at.grad / lengths(at.grad).view(-1, 1, 1, 1)
                 delta[:n] = moved * (threat.eps / lengths(moved).clamp_min(threat.eps)).view(-1, 1, 1, 1)
             mine = run(ours, x[i], y[i])
-            opts[0].zero_grad(); mine.backward(); opts[0].step()
+            opts[0].zero_grad()
+            mine.backward()
+            opts[0].step()
             torch.testing.assert_close(mine, loss)
             torch.testing.assert_close(run.delta, delta, rtol=1e-4, atol=1e-6)
     for a, b in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(a, b)
@@ -214,26 +245,31 @@ def test_two_trainings_of_one_free_do_not_share_a_perturbation():
 
 
 def test_the_trainer_replays_batches_and_counts_every_replay_as_a_step():
-    data, seen = sample(load("mnist5k"), 60), []
-    Trainer(Free(Linf(.1), 3), steps=7, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda i, logits: seen.append(tuple(i.tolist())))
+    data = sample(load("mnist5k"), 60)
+    def shown(**settings):
+        seen = []
+        Trainer(Free(Linf(.1), 3), batch=20, **settings)(Net("mlp"), data, 0, "cpu", watch=seen.append)
+        return [tuple(step.rows.tolist()) for step in seen]
     plain = [tuple(i.tolist()) for i, _ in zip(batches(60, 20, generator_of(0, "order")), range(3))]
-    assert seen == [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]]
-    seen.clear()
-    Trainer(Free(Linf(.1), 3), epochs=3, batch=20)(Net("mlp"), data, 0, "cpu", watch=lambda i, logits: seen.append(tuple(i.tolist())))
-    assert len(seen) == 9 and len(set(seen)) == 3                                  # three epochs' worth of steps, one pass over the data
+    assert shown(steps=7) == [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]]
+    seen = shown(epochs=3)
+    assert len(seen) == 9 and len(set(seen)) == 3         # three epochs' worth of steps, one pass over the data
 
 
 # ---------- what all of them share
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "authors_cifar"])         # that one divides by the size of its batch
+@pytest.mark.parametrize("name", [n for n in ALL if n != "authors_cifar"])      # which divides by the size of its batch
 def test_a_weight_of_two_is_an_image_that_stands_there_twice(batch, name):
     x, y = batch
     model = smooth()
     again = torch.cat([torch.arange(10), torch.arange(3)])
-    w = torch.ones(10, dtype=torch.double); w[:3] = 2
+    w = torch.ones(10, dtype=torch.double)
+    w[:3] = 2
     objective = ALL[name]
-    if hasattr(objective, "attack"): objective = replace(objective, attack=replace(objective.attack, random_start=False, step_size=.03))
-    if name == "trades": objective = replace(objective, noise=1e-9, steps=1, step_size=1e-6)   # starts differ from row to row: keep them at x
+    if hasattr(objective, "attack"):
+        objective = replace(objective, attack=replace(objective.attack, random_start=False, step_size=.03))
+    if name == "trades":                                  # starts differ from row to row: keep them at x
+        objective = replace(objective, noise=1e-9, steps=1, step_size=1e-6)
     a, b = (session_of(objective)(model, *args) for args in ((x, y, w * 10 / 13), (x[again], y[again])))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(slopes(a, model), slopes(b, model), rtol=1e-4, atol=1e-7)
@@ -247,24 +283,29 @@ def test_soft_labels(batch, name):
     if name == "mart":
         with pytest.raises(BadArgument, match="soft labels of shape"): objective(model, x, soft)
         return
-    torch.testing.assert_close(session_of(objective)(model, x, soft, None, generator_of(0)), session_of(objective)(model, x, y, None, generator_of(0)))
-    smeared = session_of(objective)(model, x, .7 * soft + .1, None, generator_of(0))
+    loss = lambda target: session_of(objective)(model, x, target, None, generator_of(0))
+    torch.testing.assert_close(loss(soft), loss(y))
+    smeared = loss(.7 * soft + .1)
     smeared.backward()
     assert torch.isfinite(smeared) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", list(ALL))
 def test_nobody_elses_state_is_touched(batch, name):
-    "The global generator, modes (a frozen batch norm included), running averages beyond the loss's own passes, and the images."
+    "The global generator, modes (a frozen batch norm's too), running averages but for the loss's own passes, images."
     x, y = (t.float() if t.is_floating_point() else t for t in batch)
-    model = with_batch_norm(); model[1].eval(); model[3].p = 0.
+    model = with_batch_norm()
+    model[1].eval()
+    model[3].p = 0.
     before, copies, flags = torch.get_rng_state(), x.clone(), [m.training for m in model.modules()]
-    loss = session_of(ALL[name])(model, x, y, None, generator_of(0)); loss.backward()
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, copies) and not x.requires_grad and x.grad is None
+    session_of(ALL[name])(model, x, y, None, generator_of(0)).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(x, copies) and not x.requires_grad and x.grad is None
     assert [m.training for m in model.modules()] == flags and model[1].num_batches_tracked == 0
     model[1].train()
     session_of(ALL[name])(model, x, y, None, generator_of(0))
-    assert model[1].num_batches_tracked == (2 if name in ("trades", "mart") else 1)   # those two train on two batches a step: clean and moved
+    two = name in ("trades", "mart")                      # those train on two batches a step: clean and moved
+    assert model[1].num_batches_tracked == (2 if two else 1)
 
 
 @pytest.mark.parametrize("name", list(SEARCHING))
@@ -281,16 +322,19 @@ def test_penalties_are_finite_where_gradients_vanish(name):
     for scale in (0., 1., 30., 1e4):
         model = smooth(torch.float)
         with torch.no_grad(): model[-1].weight *= scale
-        loss = (PENALTIES | AUTHORS)[name](model, x, y); loss.backward()
+        loss = (PENALTIES | AUTHORS)[name](model, x, y)
+        loss.backward()
         assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_unit(dtype):
-    g = torch.randn(5, 2, 3, generator=generator_of(0), dtype=dtype) * torch.tensor([1., 1e-20, 1e-30, 1e20, 0.], dtype=dtype).view(-1, 1, 1)
+    sizes = torch.tensor([1., 1e-20, 1e-30, 1e20, 0.], dtype=dtype).view(-1, 1, 1)
+    g = torch.randn(5, 2, 3, generator=generator_of(0), dtype=dtype) * sizes
     u = unit(g)
     torch.testing.assert_close(lengths(u), torch.tensor([1., 1, 1, 1, 0], dtype=dtype))
-    torch.testing.assert_close(u[:4] * g[:4].flatten(1).abs().amax(1).view(-1, 1, 1), g[:4] * (u[:4].flatten(1).abs().amax(1)).view(-1, 1, 1), rtol=1e-5, atol=0)
+    largest = lambda d: d.flatten(1).abs().amax(1).view(-1, 1, 1)
+    torch.testing.assert_close(u[:4] * largest(g[:4]), g[:4] * largest(u[:4]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", list(PENALTIES))
@@ -303,10 +347,12 @@ def test_penalties_work_where_gradients_are_off(batch, name):
 
 # ---------- passes
 
-PASSES = {"standard": (1, 1), "adversarial": (4, 4), "generalized": (4, 4), "fast": (2, 2), "free": (1, 1), "trades": (5, 5), "mart": (5, 5),
-          "curvature": (2, 4), "sign": (2, 4), "authors_cifar": (2, 4), "authors_imagenet": (2, 3), "gradient l2": (1, 2), "gradient l1": (1, 2),
+PASSES = {"standard": (1, 1), "adversarial": (4, 4), "generalized": (4, 4), "fast": (2, 2), "free": (1, 1),
+          "trades": (5, 5), "mart": (5, 5), "curvature": (2, 4), "sign": (2, 4), "authors_cifar": (2, 4),
+          "authors_imagenet": (2, 3), "gradient l2": (1, 2), "gradient l1": (1, 2),
           "difference l2": (2, 3), "difference l1": (2, 3)}
-EXTRA = {"trades": (1, 0)} | dict.fromkeys([*PENALTIES, *AUTHORS], (1, 1))         # batch norm: what eval mode sees is a look of its own
+# With batch norm, what eval mode sees is a look of its own.
+EXTRA = {"trades": (1, 0)} | dict.fromkeys([*PENALTIES, *AUTHORS], (1, 1))
 
 
 @pytest.mark.parametrize("name", list(ALL))
@@ -330,28 +376,37 @@ def test_work_counts_the_gradient_of_the_weights(batch):
 
 def test_cost_leaves_the_model_alone(batch):
     x, y = batch
-    model = with_batch_norm(); before = copy.deepcopy(model.state_dict())
+    model = with_batch_norm()
+    before = copy.deepcopy(model.state_dict())
     cost(SEARCHING["trades"], model, x.float(), y)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())) and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert all(p.grad is None for p in model.parameters())
 
 
 # ---------- small parts
 
 def test_search_modes():
-    model = with_batch_norm(); model[1].eval()
+    model = with_batch_norm()
+    model[1].eval()
     with searching(model, "eval"): assert not any(m.training for m in model.modules())
     with searching(model, "train"): assert model.training and not model[1].training
     assert model.training and not model[1].training
-    for make in (lambda m: Adversarial(PGD(Linf(.1)), search_mode=m), lambda m: Trades(Linf(.1), search_mode=m), lambda m: Mart(PGD(Linf(.1)), search_mode=m),
-                 lambda m: Curvature(search_mode=m), lambda m: GradientPenalty(search_mode=m), lambda m: fast(Linf(.1), search_mode=m)):
-        with pytest.raises(BadArgument, match="search_mode must be 'eval' or 'train', got 'off'"): make("off")
+    makers = (partial(Adversarial, PGD(Linf(.1))), partial(Trades, Linf(.1)), partial(Mart, PGD(Linf(.1))),
+              Curvature, GradientPenalty, partial(fast, Linf(.1)))
+    for make in makers:
+        with pytest.raises(BadArgument, match="search_mode must be 'eval' or 'train', got 'off'"):
+            make(search_mode="off")
 
 
 def test_depends_on_mode_is_careful():
     class Own(nn.Module):
-        def __init__(self): super().__init__(); self.fc = nn.Linear(4, 2)
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
         def forward(self, x): return self.fc(F.dropout(x, training=self.training))
-    assert depends_on_mode(Own()) and not depends_on_mode(Own().eval()) and not depends_on_mode(smooth()) and not depends_on_mode(lambda x: x)
+    assert depends_on_mode(Own()) and not depends_on_mode(Own().eval())
+    assert not depends_on_mode(smooth()) and not depends_on_mode(lambda x: x)
     assert depends_on_mode(nn.Sequential(nn.Linear(4, 2), nn.Dropout()))
     assert not depends_on_mode(nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)))
 
@@ -369,29 +424,61 @@ def test_the_adversarial_objective_is_still_the_attack_and_then_the_loss(batch):
     x, y = batch
     model = smooth()
     with eval_mode(model): at = PGD(Linf(.1), 3)(model, x, y, generator_of(2))
-    assert torch.equal(SEARCHING["adversarial"](model, x, y, None, generator_of(2)), F.cross_entropy(model(at), y, reduction="none").mean())
+    loss = SEARCHING["adversarial"](model, x, y, None, generator_of(2))
+    assert torch.equal(loss, F.cross_entropy(model(at), y, reduction="none").mean())
 
 
 # ---------- names
 
+def named(name, threat, **settings):
+    return objective_of(name, threat, .05 if name == "generalized" else None, **settings)
+
+
 def test_objectives_by_name(batch):
     x, y = batch
     for name in OBJECTIVES:
-        o = objective_of(name, Linf(.1), **({"eta": .05} if name == "generalized" else {}))
+        o = named(name, Linf(.1))
         assert torch.isfinite(session_of(o)(smooth(), x, y, None, generator_of(0))) and digest(o)
     assert objective_of("adversarial", Linf(.1), steps="5").attack == PGD(Linf(.1), 5)
-    assert objective_of("adversarial", Linf(.1), **{"attack.steps": 5, "search_mode": "train"}) == Adversarial(PGD(Linf(.1), 5), search_mode="train")
+    settings = {"attack.steps": 5, "search_mode": "train"}
+    assert objective_of("adversarial", Linf(.1), **settings) == Adversarial(PGD(Linf(.1), 5), search_mode="train")
     assert objective_of("generalized", Linf(.1), eta=.05) == generalized(PGD(Linf(.1)), .05)
-    assert objective_of("curvature", Linf(.1), lam="3", variant="authors_cifar") == Curvature(3., variant="authors_cifar")
-    for bad, error in ((dict(name="madry"), UnknownName), (dict(name="trades", gamma=1), UnknownName), (dict(name="generalized"), BadArgument),
-                       (dict(name="trades", eta=.1), BadArgument), (dict(name="trades", beta="lots"), BadArgument), (dict(name="trades", beta="-1"), BadArgument)):
-        with pytest.raises(error): objective_of(**(dict(threat=Linf(.1)) | bad))
+    curved = objective_of("curvature", Linf(.1), lam="3", variant="authors_cifar")
+    assert curved == Curvature(3., variant="authors_cifar")
+    assert objective_of("TRADES", Linf(.1)) == Trades(Linf(.1))
+
+
+@pytest.mark.parametrize("bad, error", [
+    (dict(name="madry"), UnknownName), (dict(name="trades", gamma=1), UnknownName),
+    (dict(name="generalized"), BadArgument), (dict(name="trades", eta=.1), BadArgument),
+    (dict(name="trades", beta="lots"), BadArgument), (dict(name="trades", beta="-1"), BadArgument)])
+def test_bad_names_and_settings(bad, error):
+    with pytest.raises(error): objective_of(**(dict(threat=Linf(.1)) | bad))
+
+
+def squared(threat):
+    "What another package might offer: a plain function."
+    def loss(model, x, y, w=None, generator=None): return (model(x) - F.one_hot(y, 10)).square().mean()
+    return loss
+
+
+def test_another_package_adds_an_objective(monkeypatch):
+    point = EntryPoint("squared", f"{__name__}:squared", "rdd_lib.objectives")
+    monkeypatch.setattr(core, "entry_points", lambda group: [point] if group == point.group else [])
+    for name in ("found", "others"): monkeypatch.setattr(OBJECTIVES, name, dict(getattr(OBJECTIVES, name)))
+    monkeypatch.setattr(OBJECTIVES, "looked", False)
+    loss = objective_of("Squared", Linf(.1))
+    assert list(OBJECTIVES)[-1] == "squared" and not trait(loss, "per_image") and session_of(loss) is loss
+    data = sample(load("mnist5k"), 40)
+    model = Trainer(loss, steps=3, lr=.05)(Net("mlp"), data, 0, "cpu")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_training_gives_the_same_bits_twice_and_draws_nothing(name):
     data, before = sample(load("mnist5k"), 40), torch.get_rng_state()
-    o = objective_of(name, L2(1.), **({"eta": .05} if name == "generalized" else {}), **({"steps": 2} if name in ("adversarial", "generalized", "trades", "mart") else {}))
+    short = dict(steps=2) if name in ("adversarial", "generalized", "trades", "mart") else {}
+    o = named(name, L2(1.), **short)
     first, second = (Trainer(o, steps=3, batch=16)(Net("mlp"), data, 0, "cpu").state_dict().values() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and torch.equal(torch.get_rng_state(), before)
 
@@ -406,6 +493,7 @@ def test_weighted_and_soft_sets_train(name):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("settings", [dict(epochs=0), dict(epochs=1.5), dict(batch=True), dict(steps="9"), dict(batch=0)])
+@pytest.mark.parametrize("settings", [dict(epochs=0), dict(epochs=1.5), dict(batch=True), dict(steps="9"),
+                                      dict(batch=0)])
 def test_whole_numbers_of_the_trainer(settings):
     with pytest.raises(BadArgument, match="must be a whole number >= 1"): Trainer(**settings)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of
-from rdd_lib.reproduce.grid import CellError, cores, product, run_grid, table
-from rdd_lib.reproduce.tables import beside, means, papers_folder, published, save_figure, save_table, scatter, wide
+from rdd_lib.reproduce.grid import CellError, product, run_grid, table
+from rdd_lib.reproduce.executors import cores
+from rdd_lib.reproduce.tables import beside, means, papers_folder, published, save_table, wide
+from rdd_lib.reproduce.figures import save_figure, scatter
 from rdd_lib.reproduce.runner import ReproductionFailed, items, reproduce
 from rdd_lib.reproduce.store import CellKey, CellStore
 
@@ -154,7 +156,8 @@ def test_missing_methods_stay_in_the_table():
 
 def test_figures_and_tables_are_the_same_bytes_in_another_process(tmp_path):
     code = """import sys
-from rdd_lib.reproduce.tables import published, save_figure, save_table, scatter, wide
+from rdd_lib.reproduce.tables import published, save_table, wide
+from rdd_lib.reproduce.figures import save_figure, scatter
 t = wide(published("mcs").query("item == 'table1' and dataset == 'mnist'"), by=["method", "kind"])
 save_figure(scatter(t, group="kind"), sys.argv[1], "f"); save_table(t, sys.argv[1], "t")"""
     for run in "ab": subprocess.run([sys.executable, "-c", code, str(tmp_path/run)], check=True, env=os.environ | {"MPLBACKEND": "agg", "PYTHONHASHSEED": str(ord(run))})

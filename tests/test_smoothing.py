@@ -1,27 +1,32 @@
-"""Smoothing: the interval of Clopper and Pearson, radii whose truth is known, streams that do not depend on batches, and the vote's own sandwich."""
+"""Smoothing: the interval of Clopper and Pearson, radii whose truth is known, streams that do not depend on batches,
+and the vote's own sandwich."""
 from math import inf
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest, norm
 from torch import nn
-from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator_of, seeded
+from rdd_lib.core import BadArgument, BrokenFile, RddError, describe, digest, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.data import load, sample
+from rdd_lib.files import read_tensors
+from rdd_lib.intervals import clopper_pearson
 from rdd_lib.models import Net, build
 from rdd_lib.attacks.pgd import PGD
-from rdd_lib.certify.certificate import Sandwich
-from rdd_lib.training.objectives import Standard
-from rdd_lib.certify.smoothing import Noisy, Smoothed, SoftVote, sandwich_smoothed
-from rdd_lib.intervals import clopper_pearson
 from rdd_lib.attacks.threats import L2, Linf
+from rdd_lib.certificates.smoothing import Smoothed, SoftVote
+from rdd_lib.evaluation.sandwich import Sandwich, sandwich_smoothed
+from rdd_lib.training.certified import Noisy
+from rdd_lib.training.objectives import Standard
 from rdd_lib.training.trainer import Trainer
 
 
 def line(normal, offset):
     "Two classes either side of normal . x = offset."
     net = nn.Sequential(nn.Flatten(), nn.Linear(len(normal), 2))
-    with torch.no_grad(): net[1].weight.copy_(torch.stack([0 * normal, normal])); net[1].bias.copy_(torch.tensor([0., -offset]))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.stack([0 * normal, normal]))
+        net[1].bias.copy_(torch.tensor([0., -offset]))
     return net
 
 
@@ -42,7 +47,8 @@ def test_clopper_pearson_refuses():
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10 ** 6), sigma=st.sampled_from([.1, .25, 1.]))
 def test_radii_of_a_linear_classifier(seed, sigma):
-    "The vote is the classifier itself, its radius the distance to the line, and what is certified is the analytic radius of the bound."
+    """The vote is the classifier itself, its radius the distance to the line, and what is certified is the analytic
+    radius of the bound."""
     g = generator_of(seed)
     normal, x = torch.randn(9, generator=g), torch.rand(6, 1, 3, 3, generator=g)
     net = line(normal, float(normal.sum()) / 2)
@@ -52,7 +58,7 @@ def test_radii_of_a_linear_classifier(seed, sigma):
     assert (r.radius <= signed.abs() + 1e-6).all()                      # wrong with probability .0000001 an image
     assert torch.equal(r.predicted[sure], net(x).argmax(1)[sure])
     far = signed.abs() > .15 * sigma
-    assert sure[far].all()                                              # a share of 56 %: 8 standard deviations of the vote above a half, 4 of the first look
+    assert sure[far].all()        # a share of 56 %: 8 standard deviations of the vote above a half, 4 of the first look
     true = torch.from_numpy(norm.cdf(signed.abs().numpy() / sigma))       # share of the vote, exactly
     expected = sigma * torch.from_numpy(norm.ppf(clopper_pearson((true * 10_000).round().numpy(), 10_000, 1e-7)))
     assert ((r.radius - expected).abs()[far] < .35 * sigma).all()
@@ -63,54 +69,72 @@ def test_streams_do_not_depend_on_neighbours():
     s = Smoothed(net, .3, batch=100)
     whole = s.certify(x, 20, 300, device="cpu")
     parts = [s.certify(x[:2], 20, 300, device="cpu"), s.certify(x[2:], 20, 300, first=2, device="cpu")]
-    assert torch.equal(whole.share, torch.cat([p.share for p in parts])) and torch.equal(whole.predicted, torch.cat([p.predicted for p in parts]))
+    assert torch.equal(whole.share, torch.cat([p.share for p in parts]))
+    assert torch.equal(whole.predicted, torch.cat([p.predicted for p in parts]))
     assert torch.equal(whole.share, s.certify(x, 20, 300, device="cpu").share)
     assert not torch.equal(whole.share, s.certify(x, 20, 300, seed=1, device="cpu").share)
-    state = torch.get_rng_state(); s.certify(x, 20, 300, device="cpu"); assert torch.equal(state, torch.get_rng_state())
+    state = torch.get_rng_state()
+    s.certify(x, 20, 300, device="cpu")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def votes_in(path): return read_tensors(path, "votes")[0]["votes"]
 
 
 def test_a_killed_run_goes_on(tmp_path):
     net, x = line(torch.ones(4), 2.), torch.rand(6, 1, 2, 2, generator=generator_of(0))
-    path, s, asked = tmp_path / "votes.npz", Smoothed(net, .3), []
+    path, s, asked = tmp_path / "votes.safetensors", Smoothed(net, .3), []
 
     class Dies(nn.Module):
-        def __init__(self): super().__init__(); self.net = net
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
         def forward(self, x):
             asked.append(len(x))
             if len(asked) == 7: raise KeyboardInterrupt
             return self.net(x)
     dying = Smoothed(Dies(), .3)
     with pytest.raises(KeyboardInterrupt): dying.certify(x, 20, 200, device="cpu", checkpoint=path, every=0.)
-    assert path.exists() and len(np.load(path)["votes"]) == 3
+    assert path.exists() and len(votes_in(path)) == 3
     again = dying.certify(x, 20, 200, device="cpu", checkpoint=path, every=0.)
     assert torch.equal(again.share, s.certify(x, 20, 200, device="cpu").share)
     assert len(asked) == 7 + 6                                           # the three that were done were not asked again
-    assert torch.equal(dying.certify(x, 20, 200, .1, device="cpu", checkpoint=path).predicted, s.certify(x, 20, 200, .1, device="cpu").predicted)
+    bold = dying.certify(x, 20, 200, .1, device="cpu", checkpoint=path)
+    assert torch.equal(bold.predicted, s.certify(x, 20, 200, .1, device="cpu").predicted)
     assert len(asked) == 7 + 6                                           # all votes stay in the file
-    asked.clear(); path.unlink()
+    asked.clear()
+    path.unlink()
     with pytest.raises(KeyboardInterrupt): dying.certify(x, 20, 200, device="cpu", checkpoint=path)
-    assert len(np.load(path)["votes"]) == 1                              # at once, and then once a minute
+    assert len(votes_in(path)) == 1                              # at once, and then once a minute
     for bad in (0., 1., 5):
         for ask in (dying.certify, dying.predict):
-            with pytest.raises(BadArgument, match="alpha must be in 0 ... 1"): ask(x, n=200, alpha=bad, device="cpu", checkpoint=path)
-    assert path.exists() and len(asked) == 7                             # a mistake is seen before anything is asked or removed
+            with pytest.raises(BadArgument, match="alpha must be in 0 ... 1"):
+                ask(x, n=200, alpha=bad, device="cpu", checkpoint=path)
+    assert path.exists() and len(asked) == 7                     # a mistake is seen before anything is asked or removed
     assert torch.equal(dying.certify(x, 20, 200, device="cpu", checkpoint=path).share, again.share)
-    asked.clear(); path.unlink()
+    asked.clear()
+    path.unlink()
     with pytest.raises(KeyboardInterrupt): dying.certify(x, 20, 200, device="cpu", checkpoint=path)
     for other in (x.flip(0), x.flip(3), x.transpose(2, 3)):              # the same sums, other images
-        with pytest.raises(BadArgument, match="belongs to another run"): dying.certify(other, 20, 200, device="cpu", checkpoint=path)
+        with pytest.raises(BadArgument, match="belongs to another run"):
+            dying.certify(other, 20, 200, device="cpu", checkpoint=path)
     weight = net[1].weight.data.clone()
     net[1].weight.data = weight.flip(0)
-    with pytest.raises(BadArgument, match="belongs to another run"): dying.certify(x, 20, 200, device="cpu", checkpoint=path)
+    with pytest.raises(BadArgument, match="belongs to another run"):
+        dying.certify(x, 20, 200, device="cpu", checkpoint=path)
     net[1].weight.data = weight
-    with pytest.raises(BadArgument, match="belongs to another run"): dying.certify(x, 20, 201, device="cpu", checkpoint=path)
+    with pytest.raises(BadArgument, match="belongs to another run"):
+        dying.certify(x, 20, 201, device="cpu", checkpoint=path)
     path.write_bytes(b"PK")
-    with pytest.raises(BrokenFile, match="is not the checkpoint"): dying.certify(x, 20, 200, device="cpu", checkpoint=path)
+    with pytest.raises(BrokenFile, match="is not the checkpoint"):
+        dying.certify(x, 20, 200, device="cpu", checkpoint=path)
 
 
 @pytest.fixture(scope="module")
 def noisy():
-    return Trainer(steps=400, lr=.05, objective=Noisy(.4))(Net("mlp", dict(width=64)), load("mnist5k"), device="cpu"), sample(load("mnist5k", "test"), 30)
+    trainer = Trainer(steps=400, lr=.05, objective=Noisy(.4))
+    return trainer(Net("mlp", dict(width=64)), load("mnist5k"), device="cpu"), sample(load("mnist5k", "test"), 30)
 
 
 @pytest.mark.parametrize("threat", [L2(0.), L2(.2), L2(.8), Linf(.01), Linf(.1)], ids=str)
@@ -140,10 +164,10 @@ def test_predict_abstains_where_it_cannot_tell():
 
 
 def test_more_contradictions_than_chance_are_an_error():
-    y = torch.zeros(100, dtype=torch.long)
+    y, certified = torch.zeros(100, dtype=torch.long), torch.ones(100, dtype=torch.bool)
     def made(broken, chance):
-        survived = torch.ones(100, dtype=torch.bool); survived[:broken] = False
-        return Sandwich(L2(.1), y, y, torch.ones(100, dtype=torch.bool), survived, y.double(), "smoothing", "pgd", chance)
+        survived = torch.arange(100) >= broken
+        return Sandwich(L2(.1), y, y, certified, survived, y.double(), "smoothing", "pgd", chance)
     made(1, .002)
     with pytest.raises(RddError, match="20 images are certified and broken"): made(20, .002)
     with pytest.raises(RddError, match="1 images are certified and broken"): made(1, 0.)
@@ -160,10 +184,12 @@ def test_the_stand_in_is_a_mean_of_probabilities(noisy):
 
 
 def test_smoothing_leaves_no_trace():
-    with seeded(0): net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)).train()
-    net[2].eval(); before = {k: v.clone() for k, v in net.state_dict().items()}
+    with seeded(0): net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    net.train()[2].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
     Smoothed(net, .3).certify(torch.rand(3, 1, 2, 2, generator=generator_of(0)), 10, 50, device="cpu")
-    assert [m.training for m in net.modules()] == [True, True, True, False, True, True] and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == [True, True, True, False, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_noisy_draws_from_its_generator():
@@ -181,7 +207,9 @@ def test_refusals(noisy):
     s = Smoothed(model, .1)
     with pytest.raises(BadArgument, match="n must be a whole number"): s.certify(test.images(), n=0)
     with pytest.raises(BadArgument, match=r"lie in \[0, 1\]"): s.certify(test.images() + 1)
-    with pytest.raises(BadArgument, match="alpha must be in 0 ... 1"): s.certify(test.images()[:1], 10, 10, alpha=2., device="cpu")
+    with pytest.raises(BadArgument, match="alpha must be in 0 ... 1"):
+        s.certify(test.images()[:1], 10, 10, alpha=2., device="cpu")
     with pytest.raises(BadArgument, match="must be a Smoothed"): sandwich_smoothed(model, test, L2(.1))
     with pytest.raises(BadArgument, match="need one threat"): sandwich_smoothed(s, test, L2(.1), PGD(L2(.2)))
-    with pytest.raises(BadArgument, match="an L2 or a Linf"): s.certify(test.images()[:1], 10, 10, device="cpu").spare(inf)
+    with pytest.raises(BadArgument, match="an L2 or a Linf"):
+        s.certify(test.images()[:1], 10, 10, device="cpu").spare(inf)

@@ -1,15 +1,16 @@
 """Square beside the AutoAttack authors' program, Carlini & Wagner beside torchattacks', and the contract of both."""
-import random
 from dataclasses import replace
-import numpy as np
 import pytest
 import torch
 from torch import nn
+from attack_contract import no_trace, same_result
 from conftest import fit, needs
 from rdd_lib.core import BadArgument, describe, digest, generator_of, with_settings
 from rdd_lib.data import CIFAR10, ImageSet, load
 from rdd_lib.models import build
-from rdd_lib.attacks.pgd import PGD, attack_until_broken, margin
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.losses import margin
 from rdd_lib.models import eval_mode
 from rdd_lib.attacks.borrowed import from_torchattacks
 from rdd_lib.attacks.carlini_wagner import CW, to_pixels, to_tanh
@@ -19,15 +20,19 @@ from rdd_lib.attacks.threats import L2, Linf
 
 inf = torch.inf
 ATTACKS = {"square linf": lambda eps=.1: Square(Linf(eps), 40), "square l2": lambda eps=1.355: Square(L2(eps), 40),
-           "cw": lambda eps=1.355: CW(L2(eps), c=10., steps=20), "cw, search": lambda eps=1.355: CW(L2(eps), steps=21, search_steps=3)}
+           "cw": lambda eps=1.355: CW(L2(eps), c=10., steps=20),
+           "cw, search": lambda eps=1.355: CW(L2(eps), steps=21, search_steps=3)}
 
 
 @pytest.fixture(scope="module")
 def nets():
     train = load("mnist5k", "train")
     x, y = train.images(), train.y
-    return {"usual": fit(build("mlp", train), x, y, 4), "hardened": fit(build("mlp", train), x, y, 3, PGD(Linf(.1), 5, .03)),
-            "conv": fit(build("convnet", train, width=8), x[::2], y[::2], 2), "hardened conv": fit(build("convnet", train, width=8), x[::4], y[::4], 2, PGD(Linf(.1), 3, .05))}
+    def conv(): return build("convnet", train, width=8)
+    return {"usual": fit(build("mlp", train), x, y, 4),
+            "hardened": fit(build("mlp", train), x, y, 3, PGD(Linf(.1), 5, .03)),
+            "conv": fit(conv(), x[::2], y[::2], 2),
+            "hardened conv": fit(conv(), x[::4], y[::4], 2, PGD(Linf(.1), 3, .05))}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +41,12 @@ def digits():
     return test.images()[::8], test.y[::8]                              # 125 of all classes
 
 
-# --- the authors' program ------------------------------------------------------------------------------------------------
+# --- the authors' program ---------------------------------------------------------------------------------------------
 
 def authors(net, threat, x, y, queries, seed=0, stretched=False):
     package = pytest.importorskip("pyautoattack")
-    aa = package.AutoAttack(net, norm=type(threat).__name__, eps=threat.eps, attacks=["square"], version="custom", seed=seed)
+    norm = type(threat).__name__
+    aa = package.AutoAttack(net, norm=norm, eps=threat.eps, attacks=["square"], version="custom", seed=seed)
     aa.square.n_queries = queries
     if stretched: aa.square.rescale_schedule = True
     with torch.random.fork_rng(): x_adv = aa.run_standard_evaluation(x, y, batch_size=len(x))[0]
@@ -96,7 +102,7 @@ def test_square_same_points_on_cifar10():
 
 @pytest.mark.parametrize("name", ["usual", "hardened", "conv"])
 def test_square_l2_as_strong_as_the_authors(name, nets, digits):
-    "Their draws depend on how many images are left; so not the same points, but an accuracy inside the other's interval."
+    "Their draws depend on how many images are left; so not the same points, but an accuracy inside their interval."
     x, y = digits
     found = attack_until_broken(Square(L2(1.355), 400), nets[name], x, y)
     theirs = 1 - authors(nets[name], L2(1.355), x, y, 400)[1].double().mean().item()
@@ -111,7 +117,7 @@ def test_square_images_that_are_already_broken_at_the_start(nets, digits):
     assert found.robust_accuracy < .05
 
 
-# --- the pieces of Square ------------------------------------------------------------------------------------------------
+# --- the pieces of Square ---------------------------------------------------------------------------------------------
 
 def test_square_changes_one_window_a_query():
     x, y = torch.full((5, 3, 16, 16), .5), torch.zeros(5, dtype=torch.long)
@@ -120,13 +126,15 @@ def test_square_changes_one_window_a_query():
         s = attack.begin(x, y, **attack.draw(x, y, None, generator_of(0), 0))
         for q in range(50):
             s = attack.step(s, torch.full((5,), float(q == 0)), None)            # only the start is ever kept
-            if isinstance(threat, Linf):
-                table = s["shared"]
-                side, top, left = (int(table[k][q]) for k in ("side", "top", "left"))
-                inside = torch.zeros(16, 16, dtype=torch.bool); inside[top:top + side, left:left + side] = True
-                assert torch.equal(s["at"][..., ~inside], s["best"][..., ~inside])
-                assert torch.allclose(s["at"][..., inside], x[..., inside] + .1 * table["sign"][q][:, None])
-            else: assert torch.allclose(threat.distance(s["at"], x), torch.ones(5).double(), atol=1e-6)     # the whole budget, always
+            if isinstance(threat, L2):                                           # the whole budget, always
+                assert torch.allclose(threat.distance(s["at"], x), torch.ones(5).double(), atol=1e-6)
+                continue
+            table = s["shared"]
+            side, top, left = (int(table[k][q]) for k in ("side", "top", "left"))
+            inside = torch.zeros(16, 16, dtype=torch.bool)
+            inside[top:top + side, left:left + side] = True
+            assert torch.equal(s["at"][..., ~inside], s["best"][..., ~inside])
+            assert torch.allclose(s["at"][..., inside], x[..., inside] + .1 * table["sign"][q][:, None])
 
 
 def test_square_rows_at_different_queries_walk_as_they_would_alone():
@@ -135,7 +143,8 @@ def test_square_rows_at_different_queries_walk_as_they_would_alone():
     net = lambda x: x.flatten(1) @ w
     for threat in (Linf(.02), L2(.2)):
         one, six, two = (attack_until_broken(Square(threat, 60), net, x, y, batch_size=b) for b in (1, 6, 2))
-        for other in (six, two): assert torch.equal(one.step, other.step) and torch.allclose(one.x_adv, other.x_adv, atol=1e-6)
+        for other in (six, two):
+            assert torch.equal(one.step, other.step) and torch.allclose(one.x_adv, other.x_adv, atol=1e-6)
 
 
 def test_sides_follow_the_authors_schedule():
@@ -143,8 +152,8 @@ def test_sides_follow_the_authors_schedule():
     for queries in (7, 100, 5000, 12000):
         for stretched in (False, True):
             theirs = package.SquareAttack(None, n_queries=queries, p_init=.8, resc_schedule=stretched)
-            expected = [min(max(int(round((theirs.p_selection(i) * 3 * 32 * 32 / 3) ** .5)), 1), 32) for i in range(queries)]
-            assert sides(queries, .8, (3, 32, 32), stretched).tolist() == expected
+            lengths = [round((theirs.p_selection(i) * 3 * 32 * 32 / 3) ** .5) for i in range(queries)]
+            assert sides(queries, .8, (3, 32, 32), stretched).tolist() == [min(max(s, 1), 32) for s in lengths]
 
 
 def test_patterns_are_the_authors():
@@ -168,7 +177,7 @@ def test_square_any_shape(threat, shape):
     threat.check(x, Square(threat, 30)(net, x, y))
 
 
-# --- Carlini & Wagner ----------------------------------------------------------------------------------------------------
+# --- Carlini & Wagner -------------------------------------------------------------------------------------------------
 
 def theirs_cw(net, x, y, c, steps):
     package = pytest.importorskip("torchattacks")
@@ -185,8 +194,8 @@ def test_cw_finds_more_and_nearer_than_torchattacks(name, c, steps, nets, digits
     both = (theirs < inf) & (ours < inf)
     assert (ours < inf).sum() >= (theirs < inf).sum() and both.sum() >= 5
     assert ours[both].mean() <= theirs[both].mean()
-    at_theirs = attack_until_broken(from_torchattacks("CW", L2(1.355), c=c, steps=steps), nets[name], x, y).robust_accuracy
-    robust = attack_until_broken(CW(L2(1.355), c, steps=steps), nets[name], x, y).robust_accuracy
+    both = from_torchattacks("CW", L2(1.355), c=c, steps=steps), CW(L2(1.355), c, steps=steps)
+    at_theirs, robust = (attack_until_broken(attack, nets[name], x, y).robust_accuracy for attack in both)
     assert robust <= wilson(round(at_theirs * len(x)), len(x))[1]
 
 
@@ -194,7 +203,8 @@ def test_cw_with_a_sharp_edge_is_torchattacks(nets, digits):
     "Grey pixels only, where nothing is frozen in either: the same optimisation."
     x, y = digits[0][:40] * .8 + .1, digits[1][:40]
     _, theirs = theirs_cw(nets["usual"], x, y, 10., 60)
-    ours = CW(L2(1.), 10., steps=59, edge=1e-7).shortest(nets["usual"], x, y)[1]              # they look at 60 points, the start included
+    attack = CW(L2(1.), 10., steps=59, edge=1e-7)                           # they look at 60 points, the start included
+    ours = attack.shortest(nets["usual"], x, y)[1]
     assert torch.equal(ours < inf, theirs < inf) and torch.allclose(ours[ours < inf], theirs[ours < inf], atol=2e-3)
 
 
@@ -248,28 +258,23 @@ def test_cw_training_point_is_in_the_ball(nets, digits):
     assert (nets["usual"](out).argmax(1) != y).double().mean() >= 1 - broken.robust_accuracy - .05
 
 
-# --- the contract --------------------------------------------------------------------------------------------------------
+# --- the contract -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_evaluation_leaves_no_trace(name, awkward):
     (net, x, y), attack = awkward, ATTACKS[name]()
-    x0, flags, wanted = x.clone(), [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
-    net[0].weight.grad = torch.ones_like(net[0].weight)
-    buffers, states = {k: v.clone() for k, v in net.named_buffers()}, (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
-    found = attack_until_broken(attack, net, x, y, generator=3)
-    if isinstance(attack, CW): attack.shortest(net, x, y)
-    assert [m.training for m in net.modules()] == flags and [p.requires_grad for p in net.parameters()] == wanted
-    assert all(torch.equal(v, buffers[k]) for k, v in net.named_buffers())
-    assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight)) and all(p.grad is None for p in [*net.parameters()][1:])
-    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
-    assert torch.equal(x, x0) and not found.x_adv.requires_grad
+    with no_trace(net, x):
+        found = attack_until_broken(attack, net, x, y, generator=3)
+        if isinstance(attack, CW): attack.shortest(net, x, y)
+    assert not found.x_adv.requires_grad
     attack.threat.check(x, found.x_adv)
     with eval_mode(net), torch.no_grad(): assert torch.equal(net(found.x_adv).argmax(1) != y, found.broken)
-    again = attack_until_broken(attack, net, x, y, generator=3)
-    assert again.x_adv.numpy().tobytes() == found.x_adv.numpy().tobytes() and again.forward_samples == found.forward_samples
+    same_result(attack_until_broken(attack, net, x, y, generator=3), found)
     net[3].p = 0.
+    flags, draws = [m.training for m in net.modules()], torch.get_rng_state()
     out = attack(net, x, y, generator=1)
-    assert [m.training for m in net.modules()] == flags and torch.equal(torch.get_rng_state(), states[0]) and not out.requires_grad
+    assert [m.training for m in net.modules()] == flags and torch.equal(torch.get_rng_state(), draws)
+    assert not out.requires_grad
     attack.threat.check(x, out)
 
 
@@ -277,7 +282,8 @@ def test_evaluation_leaves_no_trace(name, awkward):
 def test_zero_radius_is_clean_accuracy(name, nets, digits):
     (x, y), attack = digits, ATTACKS[name](0)
     found = attack_until_broken(attack, nets["usual"], x, y)
-    assert torch.equal(found.x_adv, x) and torch.equal(found.broken, nets["usual"](x).argmax(1) != y) and found.forward_samples == len(x)
+    assert torch.equal(found.x_adv, x) and torch.equal(found.broken, nets["usual"](x).argmax(1) != y)
+    assert found.forward_samples == len(x)
     assert torch.equal(attack(nets["usual"], x, y), x)
 
 
@@ -286,7 +292,8 @@ def test_neither_batch_size_nor_leaving_early_changes_an_outcome(name, nets, dig
     (x, y), attack = digits, ATTACKS[name]()
     early = attack_until_broken(attack, nets["usual"], x, y)
     assert (early.step > 1).any() and len(early.survivors)
-    for other in (attack_until_broken(attack, nets["usual"], x, y, **how) for how in (dict(compact=False), dict(batch_size=16), dict(batch_size=1))):
+    for how in (dict(compact=False), dict(batch_size=16), dict(batch_size=1)):
+        other = attack_until_broken(attack, nets["usual"], x, y, **how)
         assert torch.equal(other.by, early.by) and torch.equal(other.step, early.step)
     looks = torch.where(early.step < 0, attack.steps + 1, early.step)
     assert early.forward_samples == len(x) + int(looks.sum())
@@ -296,24 +303,32 @@ def test_neither_batch_size_nor_leaving_early_changes_an_outcome(name, nets, dig
 def test_taken_up_again_after_an_interruption(name, nets, digits, tmp_path):
     (x, y), attack = (digits[0][:40], digits[1][:40]), ATTACKS[name]()
     class Failing(nn.Module):
-        def __init__(self, net, looks): super().__init__(); self.net, self.looks = net, looks
+        def __init__(self, net, looks):
+            super().__init__()
+            self.net, self.looks = net, looks
         def forward(self, x):
             self.looks -= 1
             if self.looks == 0: raise KeyboardInterrupt
             return self.net(x)
-    how = dict(generator=5, batch_size=15)
-    whole = attack_until_broken(attack, Failing(nets["usual"], 0), x, y, **how)
+    def run(looks, **way):
+        return attack_until_broken(attack, Failing(nets["usual"], looks), x, y, generator=5, batch_size=15, **way)
+
+    whole = run(0)
     for looks in (4, 12, 30):
         path = tmp_path / f"{looks}.safetensors"
-        with pytest.raises(KeyboardInterrupt): attack_until_broken(attack, Failing(nets["usual"], looks), x, y, checkpoint=path, every=0, **how)
+        with pytest.raises(KeyboardInterrupt): run(looks, checkpoint=path, every=0)
         assert path.exists() or looks == 4
-        again = attack_until_broken(attack, Failing(nets["usual"], 0), x, y, checkpoint=path, every=0, **how)
-        assert again.x_adv.numpy().tobytes() == whole.x_adv.numpy().tobytes() and torch.equal(again.step, whole.step) and path.exists()
+        again = run(0, checkpoint=path, every=0)
+        assert again.x_adv.numpy().tobytes() == whole.x_adv.numpy().tobytes() and torch.equal(again.step, whole.step)
+        assert path.exists()
         assert again.forward_samples >= whole.forward_samples
 
 
+FAR = [Square(Linf(.4), 100), Square(L2(.6), 200), CW(L2(.6), c=3.), CW(L2(.6), steps=200, search_steps=4)]
+
+
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("attack", [Square(Linf(.4), 100), Square(L2(.6), 200), CW(L2(.6), c=3.), CW(L2(.6), steps=200, search_steps=4)], ids=str)
+@pytest.mark.parametrize("attack", FAR, ids=str)
 def test_few_classes_and_loud_logits(classes, attack):
     g = generator_of(0)
     x, w = torch.rand(60, 1, 6, 6, generator=g), torch.randn(36, classes, generator=g) / 3
@@ -329,14 +344,17 @@ def test_few_classes_and_loud_logits(classes, attack):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_loud_logits_on_digits(name, nets, digits):
     (x, y), attack = digits, ATTACKS[name]()
-    quiet, loud = (attack_until_broken(attack, net, x, y) for net in (nets["usual"], lambda x: 1000 * nets["usual"](x)))
-    assert abs(quiet.robust_accuracy - loud.robust_accuracy) < .02 if isinstance(attack, Square) else loud.robust_accuracy <= quiet.robust_accuracy + .1
+    models = nets["usual"], lambda x: 1000 * nets["usual"](x)
+    quiet, loud = (attack_until_broken(attack, net, x, y).robust_accuracy for net in models)
+    if isinstance(attack, Square): assert abs(quiet - loud) < .02
+    else: assert loud <= quiet + .1
 
 
 def test_square_asks_for_no_gradient(nets, digits):
-    x, y = digits
-    found = attack_until_broken(Square(Linf(.1), 50), lambda x: nets["usual"](x).detach(), x, y)
-    assert found.backward_samples == 0 and torch.equal(found.step, attack_until_broken(Square(Linf(.1), 50), nets["usual"], x, y).step)
+    (x, y), attack = digits, Square(Linf(.1), 50)
+    found = attack_until_broken(attack, lambda x: nets["usual"](x).detach(), x, y)
+    assert found.backward_samples == 0
+    assert torch.equal(found.step, attack_until_broken(attack, nets["usual"], x, y).step)
 
 
 def test_black_and_white_images_stay_in_range(nets, digits):
@@ -349,14 +367,18 @@ def test_black_and_white_images_stay_in_range(nets, digits):
 def test_settings():
     assert with_settings(Square(Linf(.1)), queries="100", stretched="true") == Square(Linf(.1), 100, stretched=True)
     assert digest(CW(L2(1.))) != digest(replace(CW(L2(1.)), edge=.2)) and describe(CW(L2(1.)))["is"] == "CW"
-    for bad in (lambda: Square(Linf(.1), 1.5), lambda: Square(Linf(.1), p=0), lambda: Square("linf"), lambda: CW(Linf(.1)), lambda: CW(L2(1.), c=-1.),
-                lambda: CW(L2(1.), lr=0), lambda: CW(L2(1.), edge=1.), lambda: CW(L2(1.), steps=10, search_steps=3), lambda: CW(L2(1.), c=float("nan"))):
-        with pytest.raises(BadArgument): bad()
+    for bad in (dict(queries=1.5), dict(p=0), dict(threat="linf")):
+        with pytest.raises(BadArgument): Square(**{"threat": Linf(.1)} | bad)
+    nan = float("nan")
+    for bad in (dict(threat=Linf(.1)), dict(c=-1.), dict(c=nan), dict(lr=0), dict(edge=1.),
+                dict(steps=10, search_steps=3)):
+        with pytest.raises(BadArgument): CW(**{"threat": L2(1.)} | bad)
 
 
 @pytest.mark.parametrize("attack", [Square(Linf(.1), 20), Square(L2(1.), 20), CW(L2(1.), steps=5)], ids=str)
 def test_refusals(attack, nets, digits):
     (x, y), net = digits, nets["usual"]
-    for bad_x, bad_y, words in ((x - .5, y, "must lie in"), (x, y.double(), "whole-number labels"), (x, y[:3], "one label an image"), (x, y + 1, "the model has 10 classes")):
+    for bad_x, bad_y, words in ((x - .5, y, "must lie in"), (x, y.double(), "whole-number labels"),
+                                (x, y[:3], "one label an image"), (x, y + 1, "the model has 10 classes")):
         with pytest.raises(BadArgument, match=words): attack_until_broken(attack, net, bad_x, bad_y)
     with pytest.raises(BadArgument, match="NaN logits"): attack_until_broken(attack, lambda x: net(x) * torch.nan, x, y)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from rdd_lib.compressed import find_method
+from rdd_lib.compressor import find_method
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, describe
 from rdd_lib.files import kept
 from rdd_lib.data import DATASETS, load, sample
@@ -20,7 +20,8 @@ from rdd_lib.training.trades import Trades
 
 NET = Net("convnet", dict(width=4, depth=2))
 EXPERTS = Experts(n=2, lr=.05, batch=50)
-TM = TrajectoryMatching(iterations=3, lr=100., lr_alpha=1e-3, alpha=.05, student_steps=4, expert_epochs=1, max_start=2, net=NET, experts=EXPERTS)
+TM = TrajectoryMatching(iterations=3, lr=100., lr_alpha=1e-3, alpha=.05, student_steps=4, expert_epochs=1, max_start=2,
+                        net=NET, experts=EXPERTS)
 EPOCHS = range(3)
 
 
@@ -43,9 +44,11 @@ class Stopped(list):
         if len(self) == self.last: raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(augment=""), dict(batch_syn=7), dict(lr_label=1.), dict(batch_syn=10, lr_label=1., momentum=0.), dict(init="noise")], ids=repr)
+@pytest.mark.parametrize("settings", [dict(), dict(augment=""), dict(batch_syn=7), dict(lr_label=1.),
+                                      dict(batch_syn=10, lr_label=1., momentum=0.), dict(init="noise")], ids=repr)
 def test_recomputed_gradient_is_the_graphs(digits, buffers, settings):
-    a, b = (replace(TM, gradient=g, **settings).compress(digits, ipc=2, device="cpu", buffers=buffers) for g in ("recompute", "graph"))
+    methods = [replace(TM, gradient=gradient, **settings) for gradient in ("recompute", "graph")]
+    a, b = (tm.compress(digits, ipc=2, device="cpu", buffers=buffers) for tm in methods)
     torch.testing.assert_close(a.x, b.x, atol=2e-4, rtol=0)
     assert a.schedule["lr"] == pytest.approx(b.schedule["lr"], rel=1e-4)
     if a.soft_labels is not None: torch.testing.assert_close(a.soft_labels, b.soft_labels, atol=1e-4, rtol=0)
@@ -58,16 +61,18 @@ def test_resumed_run_ends_in_the_same_bytes(digits, buffers, tmp_path, stop):
     whole, log = tm.compress(digits, **run), []
     with pytest.raises(KeyboardInterrupt): tm.compress(digits, **run, checkpoint=path, every=1, log=Stopped(stop))
     again = tm.compress(digits, **run, checkpoint=path, every=1, log=log)
-    assert again.x.equal(whole.x) and again.soft_labels.equal(whole.soft_labels) and again.schedule == whole.schedule and len(log) == 6
+    assert again.x.equal(whole.x) and again.soft_labels.equal(whole.soft_labels) and again.schedule == whole.schedule
+    assert len(log) == 6
     assert again.checkpoint == path and path.exists()
 
 
 def test_wrong_buffers_lose_no_checkpoint(digits, buffers, tmp_path):
     path, other = tmp_path / "run.safetensors", tmp_path / "others"
-    with pytest.raises(KeyboardInterrupt): TM.compress(digits, ipc=1, device="cpu", buffers=buffers, checkpoint=path, every=1, log=Stopped(2))
+    run = dict(ipc=1, device="cpu", checkpoint=path, every=1)
+    with pytest.raises(KeyboardInterrupt): TM.compress(digits, **run, buffers=buffers, log=Stopped(2))
     before = path.read_bytes()
     replace(EXPERTS, ema=.5)(NET, digits, 2, other, "cpu")
-    with pytest.raises(BadArgument, match="ema is 0.5 there and 0.0 here"): TM.compress(digits, ipc=1, device="cpu", buffers=other, checkpoint=path, every=1)
+    with pytest.raises(BadArgument, match="ema is 0.5 there and 0.0 here"): TM.compress(digits, **run, buffers=other)
     assert path.read_bytes() == before
 
 
@@ -85,8 +90,11 @@ def test_interrupted_experts_leave_whole_files_only(digits, tmp_path):
     assert len(calls) == 14                                     # only the second was trained
 
 
-@pytest.mark.parametrize("objective", [Adversarial(PGD(Linf(.1), 2)), Adversarial(PGD(L2(1.), 2)), Trades(Linf(.1), steps=2), Mart(PGD(Linf(.1), 2)), Curvature(),
-                                       Free(Linf(.1), replays=2), fast(Linf(.1))], ids=lambda o: type(o).__name__)
+OBJECTIVES = [Adversarial(PGD(Linf(.1), 2)), Adversarial(PGD(L2(1.), 2)), Trades(Linf(.1), steps=2),
+              Mart(PGD(Linf(.1), 2)), Curvature(), Free(Linf(.1), replays=2), fast(Linf(.1))]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("ema", [0., .9])
 def test_any_objective_trains_experts_under_augmentation(digits, tmp_path, objective, ema):
     experts = replace(EXPERTS, objective=objective, ema=ema, n=1)
@@ -99,24 +107,29 @@ def test_any_objective_trains_experts_under_augmentation(digits, tmp_path, objec
 @pytest.mark.parametrize("net", [NET, Net("mlp", dict(width=16))], ids=lambda n: n.name)
 def test_radius_and_decay_of_zero_are_tm(digits, tmp_path, net):
     harmless = replace(EXPERTS, objective=Adversarial(PGD(Linf(0.), 2)))
-    a, b = (replace(TM, net=net, experts=e).compress(digits, ipc=1, device="cpu", buffers=tmp_path / str(n)) for n, e in enumerate((EXPERTS, harmless)))
+    def made(experts, folder):
+        return replace(TM, net=net, experts=experts).compress(digits, ipc=1, device="cpu", buffers=tmp_path / folder)
+    a, b = made(EXPERTS, "plain"), made(harmless, "harmless")
     assert a.x.equal(b.x) and a.schedule == b.schedule
 
 
 @pytest.mark.parametrize("ema", [.5, .9, .99])
 def test_smoothing_shortens_the_way(digits, tmp_path, ema):
     robust = replace(EXPERTS, objective=Adversarial(PGD(Linf(.1), 2)), n=1)
-    raw, smooth = (e(NET, digits, 3, tmp_path / str(e.ema), "cpu").read(0, range(4)) for e in (robust, replace(robust, ema=ema)))
+    of = lambda experts: experts(NET, digits, 3, tmp_path / str(experts.ema), "cpu").read(0, range(4))
+    raw, smooth = of(robust), of(replace(robust, ema=ema))
     way = lambda rows: (rows[1:] - rows[:-1]).norm(dim=1).sum()
     assert raw[0].equal(smooth[0]) and way(smooth) < way(raw)
 
 
-@pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: p.write_bytes(b""), lambda p: p.write_text("no"),
-                                   lambda p: save_file({"theta": torch.zeros(3, 4)}, p), lambda p: save_file({"theta": torch.zeros(3, 4)}, p, {"rdd_lib": "{}"})])
+@pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: p.write_bytes(b""),
+                                   lambda p: p.write_text("no"), lambda p: save_file({"theta": torch.zeros(3, 4)}, p),
+                                   lambda p: save_file({"theta": torch.zeros(3, 4)}, p, {"rdd_lib": "{}"})])
 def test_a_broken_expert_is_named(digits, buffers, tmp_path, spoil):
     for p in buffers.iterdir(): (tmp_path / p.name).write_bytes(p.read_bytes())
     spoil(tmp_path / "expert_0001.safetensors")
-    with pytest.raises(BrokenFile, match="expert_0001.safetensors' is not a whole expert"): TM.compress(digits, ipc=1, device="cpu", buffers=tmp_path)
+    with pytest.raises(BrokenFile, match="expert_0001.safetensors' is not a whole expert"):
+        TM.compress(digits, ipc=1, device="cpu", buffers=tmp_path)
 
 
 def test_default_folder_is_kept_and_shared(digits):
@@ -125,7 +138,8 @@ def test_default_folder_is_kept_and_shared(digits):
     stamps = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     replace(TM, iterations=1).compress(digits, ipc=2, seed=1, device="cpu")
     assert len(stamps) == 2 and {p: p.stat().st_mtime_ns for p in folder.iterdir()} == stamps
-    replace(TM, iterations=1, experts=replace(EXPERTS, n=3, epochs=9)).compress(digits, ipc=1, device="cpu")      # one more in the same folder
+    more = replace(TM, iterations=1, experts=replace(EXPERTS, n=3, epochs=9))   # one more in the same folder
+    more.compress(digits, ipc=1, device="cpu")
     assert len([*folder.iterdir()]) == 3 and {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
@@ -141,7 +155,8 @@ def test_presets_build_and_describe(data, ipc):
     tm, mat = (find_method(name).build(data, ipc) for name in ("tm", "mat"))
     assert replace(mat, experts=Experts()) == tm and mat.experts.ema == .999 and describe(mat)
     assert mat.experts.objective.attack.threat == (Linf(.1) if "mnist" in data else Linf(8 / 255))
-    assert find_method("matching_adversarial_trajectories").build(data, ipc, **{"experts.objective.attack.steps": "5"}).experts.objective.attack.steps == 5
+    five = find_method("matching_adversarial_trajectories").build(data, ipc, **{"experts.objective.attack.steps": "5"})
+    assert five.experts.objective.attack.steps == 5
 
 
 @pytest.mark.parametrize("images,batch,steps", [(10, 3, 9), (10, 10, 3), (7, 100, 2), (5, 1, 11)])

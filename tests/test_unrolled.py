@@ -1,11 +1,12 @@
-"""Training, unrolled: gradients of recomputation against the full graph and finite differences, what it remembers, and what it refuses."""
+"""Training, unrolled: gradients against the full graph and finite differences, what it remembers, what it refuses."""
 import gc
 from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from rdd_lib.core import BadArgument, UnknownName, generator_of, seeded
+from rdd_lib.core import BadArgument, UnknownName, generator_of
+from rdd_lib.models import seeded
 from rdd_lib.training.unrolled import UNROLLED, flatten, functional, unroll
 from rdd_lib.models import ConvNet, MLP
 
@@ -21,14 +22,16 @@ def problem(norm="instance", dtype=torch.double, T=4, width=4, net=None):
     x, q = torch.rand(10, 3, 8, 8, generator=g).to(dtype), torch.randn(10, 3, generator=g).to(dtype)
     batches = [torch.randperm(10, generator=g)[:6] for _ in range(T)]
     loss = lambda theta, t, x, q: F.cross_entropy(f(theta, x[batches[t]]), q[batches[t]].softmax(1))
-    return loss, theta, torch.linspace(.05, .2, T, dtype=dtype), x, q, theta + .1 * torch.randn(len(theta), generator=g).to(dtype)
+    goal = theta + .1 * torch.randn(len(theta), generator=g).to(dtype)
+    return loss, theta, torch.linspace(.05, .2, T, dtype=dtype), x, q, goal
 
 
 def slopes(method, parts, needs=(True, True, True, True)):
     loss, *given, goal = parts
     given = [v.clone().requires_grad_(n) for v, n in zip(given, needs)]
     end = unroll(loss, given[0], given[1], tuple(given[2:]), method)
-    return end.detach(), torch.autograd.grad((end - goal).square().sum() / (given[0].detach() - goal).square().sum(), [v for v in given if v.requires_grad])
+    away = (end - goal).square().sum() / (given[0].detach() - goal).square().sum()
+    return end.detach(), torch.autograd.grad(away, [v for v in given if v.requires_grad])
 
 
 def apart(p, q): return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(p, q))
@@ -38,7 +41,7 @@ def apart(p, q): return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() 
 
 @pytest.mark.parametrize("norm", ["instance", "group", "none", "batch"])
 def test_gradients_of_the_full_graph_in_double(norm):
-    parts = problem(norm)                                   # batch norm in training mode: its statistics are the batch's own
+    parts = problem(norm)                                 # batch norm in training mode: with the batch's own statistics
     (end, got), (end2, want) = slopes("recompute", parts), slopes("graph", parts)
     assert torch.equal(end, end2)
     assert len(got) == 4 and apart(got, want) < 1e-10 and all(w.norm() > 0 for w in want)
@@ -47,7 +50,8 @@ def test_gradients_of_the_full_graph_in_double(norm):
 def test_gradients_of_the_full_graph_in_float():
     parts = problem(dtype=torch.float, T=30, width=16)
     (end, got), (end2, want) = slopes("recompute", parts), slopes("graph", parts)
-    assert torch.equal(end, end2) and apart(got, want) < 1e-5    # the same path to the bit: a ReLU that flips in one of them would cost more
+    assert torch.equal(end, end2)                         # to the bit: a ReLU that flips in one of them would cost more
+    assert apart(got, want) < 1e-5
 
 
 def test_gradients_on_real_digits_with_the_padded_network():
@@ -56,7 +60,8 @@ def test_gradients_on_real_digits_with_the_padded_network():
     data = load("mnist5k").subset(range(0, 4000, 200))
     net = Net("convnet", dict(width=8))(data, 0)
     f, theta, y = functional(net), flatten(net), data.y
-    parts = (lambda th, t, x: F.cross_entropy(f(th, x), y), theta, torch.full((10,), .05), data.images(), theta + .05 * torch.randn(len(theta), generator=generator_of(0)))
+    goal = theta + .05 * torch.randn(len(theta), generator=generator_of(0))
+    parts = (lambda th, t, x: F.cross_entropy(f(th, x), y), theta, torch.full((10,), .05), data.images(), goal)
     assert apart(slopes("recompute", parts, (True,) * 3)[1], slopes("graph", parts, (True,) * 3)[1]) < 1e-5
 
 
@@ -64,7 +69,8 @@ def test_gradients_on_real_digits_with_the_padded_network():
 def test_finite_differences(method):
     with seeded(0): net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     f, theta, g = functional(net), flatten(net), generator_of(0)
-    x, q = torch.randn(5, 3, generator=g).double().requires_grad_(), torch.randn(5, 2, generator=g).double().requires_grad_()
+    x = torch.randn(5, 3, generator=g).double().requires_grad_()
+    q = torch.randn(5, 2, generator=g).double().requires_grad_()
     loss = lambda theta, t, x, q: F.cross_entropy(f(theta, x[t:t + 3]), q[t:t + 3].softmax(1))
     given = (theta.requires_grad_(), torch.tensor([.3, .1, .5]).double().requires_grad_(), x, q)
     assert torch.autograd.gradcheck(lambda th, a, *xs: unroll(loss, th, a, xs, method), given)
@@ -176,7 +182,8 @@ def test_bfloat16_is_restored_where_the_steps_are_built_again(method):
     with torch.autocast("cpu", torch.bfloat16): end = unroll(spying, theta, lrs, (u, q), method)
     low, = torch.autograd.grad((end - goal).square().sum(), u)
     high, = torch.autograd.grad((unroll(loss, theta, lrs, (u, q)) - goal).square().sum(), u)
-    assert low.dtype == end.dtype == torch.float and torch.isfinite(low).all() and F.cosine_similarity(low.flatten(), high.flatten(), 0) > (.8 if method == "tesla" else .95)
+    assert low.dtype == end.dtype == torch.float and torch.isfinite(low).all()
+    assert F.cosine_similarity(low.flatten(), high.flatten(), 0) > (.8 if method == "tesla" else .95)
     order = [0, 1, 2, 3] + ([] if method == "graph" else [3, 2, 1, 0])
     assert seen == [(t, True, torch.bfloat16) for t in order] and not torch.is_autocast_enabled("cpu")
 
@@ -217,7 +224,8 @@ def test_memory_grows_by_one_vector_a_step():
     def peak(method, T):
         loss, theta, lrs, x, q, goal = problem(dtype=torch.float, T=T, width=8)
         u, a = x.clone().requires_grad_(), lrs.requires_grad_()
-        return peak_saved(lambda: torch.autograd.grad((unroll(loss, theta, a, (u, q), method) - goal).square().sum(), (u, a))), len(theta)
+        away = lambda: (unroll(loss, theta, a, (u, q), method) - goal).square().sum()
+        return peak_saved(lambda: torch.autograd.grad(away(), (u, a))), len(theta)
     (ten, P), (thirty, _), (full, _) = peak("recompute", 10), peak("recompute", 30), peak("graph", 30)
     assert 20 * P * 4 <= thirty - ten <= 20 * (P + 10) * 4       # a rate a step, and padding of nothing else
     assert thirty < full / 10
@@ -229,9 +237,10 @@ def test_loss_that_draws():
     loss, theta, lrs, x, q, goal = problem()
     drops = lambda theta, t, x, q: loss(theta, t, F.dropout(x, .5), q)
     u = x.clone().requires_grad_()
-    with pytest.raises(BadArgument, match="same value for the same theta and t"): unroll(drops, theta, lrs, (u, q)).sum().backward()
+    back = lambda loss: unroll(loss, theta, lrs, (u, q)).sum().backward()
+    with pytest.raises(BadArgument, match="same value for the same theta and t"): back(drops)
     late = lambda theta, t, x, q: loss(theta, t, F.dropout(x, .5) if t == 2 else x, q)
-    with pytest.raises(BadArgument, match="but step 2 came out otherwise"): unroll(late, theta, lrs, (u, q)).sum().backward()
+    with pytest.raises(BadArgument, match="but step 2 came out otherwise"): back(late)
 
 
 def test_training_that_diverges_is_not_blamed_on_the_loss():
@@ -265,34 +274,43 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(theta=torch.zeros(2, 3)), r"theta must be a flat vector of floats, got shape \(2, 3\)"), (dict(theta=torch.zeros(3).long()), "got shape .* of torch.int64"),
-    (dict(theta=[1., 2.]), r"theta must be .* got \[1.0, 2.0\]"), (dict(lrs=.1), "alpha.expand"), (dict(lrs=torch.tensor(.1)), r"lrs must be a tensor of shape \(T,\), got shape \(\)"),
-    (dict(inputs=torch.zeros(3)), "inputs must be a tuple of tensors, got shape"), (dict(inputs=(torch.zeros(3), 1.)), "inputs must be a tuple"),
+    (dict(theta=torch.zeros(2, 3)), r"theta must be a flat vector of floats, got shape \(2, 3\)"),
+    (dict(theta=torch.zeros(3).long()), "got shape .* of torch.int64"),
+    (dict(theta=[1., 2.]), r"theta must be .* got \[1.0, 2.0\]"),
+    (dict(lrs=.1), "alpha.expand"),
+    (dict(lrs=torch.tensor(.1)), r"lrs must be a tensor of shape \(T,\), got shape \(\)"),
+    (dict(inputs=torch.zeros(3)), "inputs must be a tuple of tensors, got shape"),
+    (dict(inputs=(torch.zeros(3), 1.)), "inputs must be a tuple"),
     (dict(loss=lambda th, t: th), r"loss must return a scalar tensor that depends on theta, got shape \(3,\) at t = 0"),
     (dict(loss=lambda th, t: 1.), "got float"), (dict(loss=lambda th, t: torch.tensor(1.)), "depends on theta")])
 @pytest.mark.parametrize("method", list(UNROLLED))
 def test_bad_arguments(method, bad, message):
-    with pytest.raises(BadArgument, match=message): unroll(**dict(loss=lambda th, t: th.sum(), theta=torch.zeros(3), lrs=torch.ones(2), method=method) | bad)
+    usual = dict(loss=lambda th, t: th.sum(), theta=torch.zeros(3), lrs=torch.ones(2), method=method)
+    with pytest.raises(BadArgument, match=message): unroll(**usual | bad)
 
 
 def test_unknown_method():
-    with pytest.raises(UnknownName, match="unknown method of unrolling 'full'"): unroll(lambda th, t: th.sum(), torch.zeros(3), torch.ones(2), method="full")
+    with pytest.raises(UnknownName, match="unknown method of unrolling 'full'"):
+        unroll(lambda th, t: th.sum(), torch.zeros(3), torch.ones(2), method="full")
 
 
 # ---------- networks as functions
 
 def test_functional_is_the_model_and_leaves_it_alone():
     with seeded(0): net = MLP(1, 3, 4, 8)
-    before, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.rand(5, 1, 4, 4, generator=generator_of(0))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x = torch.rand(5, 1, 4, 4, generator=generator_of(0))
     f, theta = functional(net), flatten(net).requires_grad_()
     assert len(theta) == sum(p.numel() for p in net.parameters()) and torch.equal(f(theta, x), net(x))
     f(theta, x).sum().backward()
     grads, theta.grad = theta.grad, None
     net(x).sum().backward()
     torch.testing.assert_close(grads, torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert not torch.equal(f(theta + 1, x), net(x)) and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(f(theta + 1, x), net(x))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(isinstance(p, nn.Parameter) for p in net.parameters())
-    with pytest.raises(BadArgument, match=rf"theta must be a vector of the model's {len(theta)} parameters, got shape \(7,\)"): f(torch.zeros(7), x)
+    says = rf"theta must be a vector of the model's {len(theta)} parameters, got shape \(7,\)"
+    with pytest.raises(BadArgument, match=says): f(torch.zeros(7), x)
 
 
 def test_flatten_is_a_copy():
@@ -327,4 +345,5 @@ def test_shared_parameters_stand_once():
 
 def test_nothing_is_drawn():
     parts, state = problem(), torch.get_rng_state()
-    assert torch.equal(slopes("recompute", parts)[1][2], slopes("recompute", parts)[1][2]) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(slopes("recompute", parts)[1][2], slopes("recompute", parts)[1][2])
+    assert torch.equal(torch.get_rng_state(), state)

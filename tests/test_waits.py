@@ -7,12 +7,16 @@ import torch
 import pretend_gpu
 from torch import nn
 from rdd_lib.augmentation import DSA
-from rdd_lib.core import BadArgument, RddError, check, check_values, generator_of, numbers, one_look, sent
+from rdd_lib.core import BadArgument, RddError, check, generator_of
+from rdd_lib.models import check_values, numbers, one_look
+from rdd_lib.models import sent
 from rdd_lib.models import build, onto
-from rdd_lib.attacks.pgd import APGD, PGD, attack_until_broken, check_logits
+from rdd_lib.attacks.pgd import APGD, PGD
+from rdd_lib.attacks.until_broken import attack_until_broken
+from rdd_lib.attacks.losses import check_logits
 from rdd_lib.attacks.carlini_wagner import CW
 from rdd_lib.attacks.fab import FAB
-from rdd_lib.certify.smoothing import Smoothed
+from rdd_lib.certificates.smoothing import Smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.trainer import Trainer
@@ -169,7 +173,7 @@ def test_an_objective_s_notes_are_read_in_every_step(gpu):
         check_values(logits.sum() < -torch.inf, lambda: "never")
         return nn.functional.cross_entropy(logits, y)
     with pytest.raises(BadArgument, match="never"):
-        Trainer(objective, steps=5)(counted.NET, counted.data(), device=gpu, each=lambda step, model: seen.append(step))
+        Trainer(objective, steps=5)(counted.NET, counted.data(), device=gpu, watch=seen.append)
     assert not seen
 
 

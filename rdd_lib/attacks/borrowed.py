@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from ..core import check, lookup, seeded
-from .pgd import Walk
-from ..models import eval_mode
 from .threats import Threat
+from .walk import Walk
+from ..core import check, lookup
+from ..models import seeded
+from ..models import eval_mode
 
 # %% ../../nbs/attacks/29_borrowed.ipynb #84b5fd25
 def _torchattacks():
@@ -24,46 +25,50 @@ def _torchattacks():
 
 @contextlib.contextmanager
 def _as_it_was(model, seed):
-    "Others' code may use the global random states, parameter gradients and training flags: seed, freeze, and put everything back."
+    """Others' code may use the global random states, parameter gradients and training flags: seed, freeze, and put
+    everything back."""
     wanted, states = [(p, p.requires_grad) for p in model.parameters()], (random.getstate(), np.random.get_state())
     try:
         for p, _ in wanted: p.requires_grad_(False)
-        random.seed(seed); np.random.seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         with eval_mode(model), seeded(seed): yield
     finally:
         for p, grad in wanted: p.requires_grad_(grad)
-        random.setstate(states[0]); np.random.set_state(states[1])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 # %% ../../nbs/attacks/29_borrowed.ipynb #232c4eca
 @dataclass(frozen=True)
 class TorchAttack(Walk):
-    "An attack of torchattacks, always run in eval mode. In a result its `step` is 1: it does not tell when an image broke."
+    """An attack of torchattacks, always run in eval mode.
+
+    In a result its `step` is 1: it does not tell when an image broke."""
     method: str                                    # class name in torchattacks
     threat: Threat
-    settings: dict = field(default_factory=dict)   # of that class; eps, norm and seed come from the threat and the generator
+    settings: dict = field(default_factory=dict)   # of that class; eps, norm, seed come from the threat, the generator
     steps = 0
     gradient = bounded = False
 
     @property
     def name(self): return f"torchattacks-{self.method.lower()}"
 
-    def draw(self, x, y, logits, g, turn): return dict(start=x, seed=torch.randint(2**31, (1,), generator=g, device=g.device).to(x.device).expand(len(x)))
+    def draw(self, x, y, logits, g, turn):
+        seed = torch.randint(2**31, (1,), generator=g, device=g.device).to(x.device)
+        return dict(start=x, seed=seed.expand(len(x)))
     def begin(self, x, y, start, seed): return dict(x=x, y=y, at=start, seed=seed)
     def top(self, s, model): return self.theirs(model, s["x"], s["y"], int(s["seed"][0]))
-
-    def look(self, model, s):
-        at = self.theirs(model, s["x"], s["y"], int(s["seed"][0]))
-        return super().look(model, s | {"at": at})
-
+    def look(self, model, s): return super().look(model, s | {"at": self.top(s, model)})
     def loss_of(self, logits, s): return logits.new_zeros(len(logits))       # nobody climbs it
 
     def theirs(self, model, x, y, seed):
-        check(isinstance(model, nn.Module) and next(model.parameters(), None) is not None, f"{self.name} needs a torch.nn.Module with parameters in float32, not a plain function or a screen")
+        check(isinstance(model, nn.Module) and next(model.parameters(), None) is not None,
+              f"{self.name} needs a torch.nn.Module with parameters in float32, not a plain function or a screen")
         make = getattr(_torchattacks(), self.method)
         given = dict(eps=self.threat.eps, norm=type(self.threat).__name__, seed=seed)
-        given = {k: v for k, v in given.items() if k in inspect.signature(make).parameters} | self.settings
+        known = inspect.signature(make).parameters
         with _as_it_was(model, seed), torch.enable_grad():
-            attack = make(model, **given)
+            attack = make(model, **{k: v for k, v in given.items() if k in known} | self.settings)
             attack.set_device(x.device)
             return attack(x, y).detach().to(x.dtype)
 
@@ -72,11 +77,15 @@ def from_torchattacks(name: str,        # class name there: "PGD", "DeepFool", "
                       threat: Threat,   # gives eps and norm, and what counts as inside
                       **settings,       # of that class: steps=, alpha=, c=, ...
                      ) -> TorchAttack:
-    "An attack of the torchattacks package under this library's contract. Raises `ImportError` where it is missing, `UnknownName`, `BadArgument`."
-    package = _torchattacks()
-    make = lookup(name, {n: c for n, c in vars(package).items() if inspect.isclass(c) and c.__module__.startswith("torchattacks.attacks.")}, "torchattacks attack")
+    """An attack of the torchattacks package under this library's contract.
+
+    Raises `ImportError` where it is missing, `UnknownName`, `BadArgument`."""
+    def theirs(o): return inspect.isclass(o) and o.__module__.startswith("torchattacks.attacks.")
+    classes = {n: o for n, o in vars(_torchattacks()).items() if theirs(o)}
+    make = lookup(name, classes, "torchattacks attack")
     norms = re.search(r"Distance Measure *: *(.*)", make.__doc__ or "")
-    check(not norms or type(threat).__name__ in norms[1], f"torchattacks' {name} works in {norms and norms[1]}, not in {threat}")
-    known = [k for k in inspect.signature(make).parameters if k not in ("model", "eps", "norm", "seed")]
-    for k in settings: lookup(k, dict.fromkeys(known), f"setting of torchattacks' {name}")
+    check(not norms or type(threat).__name__ in norms[1],
+          f"torchattacks' {name} works in {norms and norms[1]}, not in {threat}")
+    known = {k: k for k in inspect.signature(make).parameters if k not in ("model", "eps", "norm", "seed")}
+    for k in settings: lookup(k, known, f"setting of torchattacks' {name}")
     return TorchAttack(name, threat, settings)

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from math import atanh, inf
 import torch
 from torch import Tensor
-from ..core import batch_of, check, one_look
-from .pgd import Walk, _where, check_batch, margin, slope
+from .losses import check_batch, margin, slope
+from .threats import L2, spread, where_each
+from .walk import ATTACKS, Walk
+from ..models import batch_of
+from ..core import check
+from ..models import one_look
 from ..models import eval_mode
-from .threats import L2, spread
 
 # %% ../../nbs/attacks/27_carlini_wagner.ipynb #fc6a3bc5
 def to_tanh(x: Tensor,       # pixels in [0, 1]
@@ -29,8 +32,9 @@ def to_pixels(w: Tensor, edge: float) -> Tensor:
 # %% ../../nbs/attacks/27_carlini_wagner.ipynb #f7140398
 @dataclass(frozen=True)
 class CW(Walk):
-    """Minimise ||x' - x||^2 + c max(z_y - max_other z, -confidence) over tanh-space with Adam (Carlini & Wagner 2017, section 5.1).
-    A point outside the ball does not count. In training the shortest misclassified point found is returned, drawn into the ball if it lies outside."""
+    """Minimise ||x' - x||^2 + c max(z_y - max_other z, -confidence) over tanh-space with Adam (Carlini & Wagner 2017,
+    section 5.1). A point outside the ball does not count. In training the shortest misclassified point found is
+    returned, drawn into the ball if it lies outside."""
     threat: L2
     c: float = 1.            # price of being right, against squared pixels; where a search begins
     confidence: float = 0.   # the other logit must be this much larger, kappa
@@ -44,36 +48,41 @@ class CW(Walk):
     def __post_init__(self):
         self._check("search_steps")
         check(isinstance(self.threat, L2), f"threat must be L2, got {self.threat!r}")
-        for name in ("c", "lr"): check(0 < getattr(self, name) < inf, f"{name} must be a number above 0, got {getattr(self, name)!r}")
+        for name in ("c", "lr"):
+            value = getattr(self, name)
+            check(0 < value < inf, f"{name} must be a number above 0, got {value!r}")
         check(0 <= self.confidence < inf, f"confidence must be a number >= 0, got {self.confidence!r}")
         check(0 < self.edge < 1, f"edge must be between 0 and 1, got {self.edge!r}")
-        check(self.steps % self.search_steps == 0, f"steps={self.steps} must be a multiple of search_steps={self.search_steps}, to give each c as many")
+        check(self.steps % self.search_steps == 0, f"steps={self.steps} must be a multiple of "
+              f"search_steps={self.search_steps}, to give each c as many")
 
     def start(self, x, g): return x
     def loss_of(self, logits, s): return -margin(logits, s["y"])
 
     def begin(self, x, y, start):
         zero, none, picture = x.new_zeros(len(x)), torch.zeros_like(y), torch.zeros_like(x)
-        return dict(x=x, y=y, at=start, w=to_tanh(x, self.edge), m=picture, v=picture, first=picture, i=none, fooled=none > 0,
-                    c=zero + self.c, low=zero, high=zero + inf, best=x, distance=zero + inf)
+        return dict(x=x, y=y, at=start, w=to_tanh(x, self.edge), m=picture, v=picture, first=picture, i=none,
+                    fooled=none > 0, c=zero + self.c, low=zero, high=zero + inf, best=x, distance=zero + inf)
 
     def step(self, s, losses, grad):
         s = self._remember(s, losses)
-        grad = _where(losses <= self.confidence, grad, torch.zeros_like(grad))
-        s["first"] = _where(s["i"] == 0, grad, s["first"])
+        grad = where_each(losses <= self.confidence, grad, torch.zeros_like(grad))
+        s["first"] = where_each(s["i"] == 0, grad, s["first"])
         s, grad = self._next_c(s, grad)
         return self._adam(s, 2 * (s["at"] - s["x"]) - spread(s["c"], grad) * grad)
 
     def top(self, s, model):
         s = self._remember(s, self.look(model, s)[2].detach())
-        best = _where(s["distance"] < inf, s["best"], s["at"])
-        return _where(self.threat.within(s["x"], best), best, self.threat.project(s["x"], best))
+        best = where_each(s["distance"] < inf, s["best"], s["at"])
+        return where_each(self.threat.within(s["x"], best), best, self.threat.project(s["x"], best))
 
     def _remember(self, s, losses):
         "Note the shortest point that is misclassified, by `confidence`."
-        fooled, distance = (losses > 0) & (losses >= self.confidence), self.threat.norm(s["at"] - s["x"])
+        fooled = (losses > 0) & (losses >= self.confidence)
+        distance = self.threat.norm(s["at"] - s["x"])
         better = fooled & (distance < s["distance"])
-        return s | dict(fooled=s["fooled"] | fooled, best=_where(better, s["at"], s["best"]), distance=torch.where(better, distance, s["distance"]))
+        return s | dict(fooled=s["fooled"] | fooled, best=where_each(better, s["at"], s["best"]),
+                        distance=torch.where(better, distance, s["distance"]))
 
     def _next_c(self, s, grad):
         "Where a value of c has had its steps: the next one, and back to x, whose slope is kept."
@@ -83,7 +92,8 @@ class CW(Walk):
         low, high = torch.where(due & ~fooled, c, s["low"]), torch.where(due & fooled, c, s["high"])
         c = torch.where(due, torch.where(high < inf, (low + high) / 2, 10 * c), c)
         again = dict(at=s["x"], w=to_tanh(s["x"], self.edge), m=torch.zeros_like(grad), v=torch.zeros_like(grad))
-        return s | {k: _where(due, v, s[k]) for k, v in again.items()} | dict(c=c, low=low, high=high, fooled=fooled & ~due), _where(due, s["first"], grad)
+        s = s | {k: where_each(due, v, s[k]) for k, v in again.items()}
+        return s | dict(c=c, low=low, high=high, fooled=fooled & ~due), where_each(due, s["first"], grad)
 
     def _adam(self, s, grad):
         "One step of Adam in w, kept between the cut ends."
@@ -95,16 +105,19 @@ class CW(Walk):
         w = (w - move).clamp(-end, end)
         return s | dict(w=w, at=to_pixels(w, self.edge), m=m, v=v, i=s["i"] + 1)
 
-    def shortest(self, model,            # images in [0, 1] -> logits; put into eval mode, restored afterwards
+    def shortest(self, model,            # images in [0, 1] -> logits; in eval mode meanwhile
                  x: Tensor,              # (N, ...) images in [0, 1]
                  y: Tensor,              # (N,) true labels
                  batch_size: int | None = None,  # images in the network at a time; None: 250, on a GPU 500
-                ) -> tuple[Tensor, Tensor]:   # (N, ...) points, (N,) their distances in float64: 0 wrong already, inf none found (the point is x)
-        "The shortest misclassified point found for each image, whatever the radius of the threat."
+                ) -> tuple[Tensor, Tensor]:   # (N, ...) points, (N,) their distances in float64
+        """The shortest misclassified point found for each image, whatever the radius of the threat.
+
+        A distance is 0 where the image is wrong already, inf where none was found; the point then is x."""
         with one_look(), eval_mode(model):
             x, y = check_batch(x, y)
             batch_size = batch_of(batch_size, x.device, name="batch_size")
-            found = [self._shortest(model, *b) for b in zip(x.split(batch_size), y.split(batch_size), strict=True)]
+            batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+            found = [self._shortest(model, xb, yb) for xb, yb in batches]
         best, distance = (torch.cat(part) for part in zip(*found, strict=True))
         return best, torch.where(distance < inf, self.threat.distance(best, x), inf)
 
@@ -115,3 +128,5 @@ class CW(Walk):
             s = self.step(s, losses.detach(), slope(losses, at))
         s = self._remember(s, self.look(model, s)[2].detach())
         return s["best"], s["distance"]
+
+ATTACKS.add("cw", CW, "C&W")

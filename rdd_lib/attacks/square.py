@@ -12,9 +12,11 @@ from functools import cache
 from math import sqrt
 import torch
 from torch import Tensor
-from ..core import check, check_whole, sent
-from .pgd import Walk, _where, margin
-from .threats import L2, Linf, Threat, _uniform, spread
+from .losses import margin
+from .threats import L2, Linf, Threat, spread, where_each
+from .walk import ATTACKS, Walk
+from ..core import check, check_number, check_whole
+from ..models import sent
 
 # %% ../../nbs/attacks/25_square.ipynb #09a93b35
 SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)   # of 10,000 queries: after each of these p is halved
@@ -24,7 +26,7 @@ def sides(queries: int,                 # how many windows
           shape: tuple[int, int, int],  # (C, H, W) of the images
           stretched: bool = False,      # True: the whole schedule in `queries`, instead of its first `queries`
           least: int = 1,               # no window is smaller than this, unless the image is
-          odd: bool = False,            # True: odd sides, except where the image's shorter side is even and a window would pass it
+          odd: bool = False,            # True: odd, unless the image's shorter side is even and a window would pass it
          ) -> Tensor:                   # (queries,), at most the shorter side of the image
     "The side of each query's window, in pixels (Andriushchenko et al. 2020, section 3.2)."
     c, h, w = shape
@@ -53,11 +55,14 @@ def pattern(side: int,
 def _patterns(device, *schedule):
     "The patterns of all sides of a schedule, each in the corner of a picture, and for each side which it is."
     found = sides(*schedule).unique().tolist()
-    which, hills = torch.zeros(max(found) + 1, dtype=torch.long), torch.zeros(len(found), max(found), max(found))
-    for n, side in enumerate(found): which[side], hills[n, :side, :side] = n, pattern(side)
+    which = torch.zeros(max(found) + 1, dtype=torch.long)
+    hills = torch.zeros(len(found), max(found), max(found))
+    for n, side in enumerate(found):
+        which[side] = n
+        hills[n, :side, :side] = pattern(side)
     return which.to(device), hills.to(device)
 
-def _draws(shape, g): return _uniform(torch.empty(shape, dtype=torch.float32, device=g.device), g)
+def _draws(shape, g): return torch.rand(shape, generator=g, dtype=torch.float32, device=g.device)
 def _signs(u): return (2 * u - 1).sign()
 def _places(u, free): return (u * free).long()                    # never `free` itself, as in the authors' program
 
@@ -67,15 +72,20 @@ def _stripes(x, threat, g):
     return (x + threat.eps * _signs(_draws((n, c, 1, w), g)).to(x)).clamp(0, 1)
 
 def _tiles(x, threat, g):
-    "Where the l2 attack starts: patterns side by side, about 5 in a row, upright or lying, each with a sign of its own for each image and channel."
+    """Where the l2 attack starts: patterns side by side, about 5 in a row, upright or lying, each with a sign of its
+    own for each image and channel."""
     n, c, h, w = x.shape
     s = max(min(h, w) // 5, 1)
-    (tile,), down, across, d = sent(x.device, pattern(s).to(x.dtype)), h // s, w // s, torch.zeros_like(x)
-    lying, sign = (_draws((down, across), g) > .5).to(x.device), _signs(_draws((n, c, down, across), g)).to(x)
+    down, across = h // s, w // s
+    tile, = sent(x.device, pattern(s).to(x.dtype))
+    lying = (_draws((down, across), g) > .5).to(x.device)
+    sign = _signs(_draws((n, c, down, across), g)).to(x)
+    d = torch.zeros_like(x)
     for i in range(down):
         for j in range(across):
             top, left = (h - s * down) // 2 + i * s, (w - s * across) // 2 + j * s
-            d[:, :, top:top + s, left:left + s] = sign[:, :, i, j, None, None] * torch.where(lying[i, j], tile.T, tile)
+            one = torch.where(lying[i, j], tile.T, tile)
+            d[:, :, top:top + s, left:left + s] = sign[:, :, i, j, None, None] * one
     return (x + threat.eps * threat.direction(d)).clamp(0, 1)
 
 # %% ../../nbs/attacks/25_square.ipynb #46e00306
@@ -97,7 +107,7 @@ class Square(Walk):
 
     def __post_init__(self):
         check_whole("queries", self.queries)
-        check(isinstance(self.p, (int, float)) and 0 < self.p <= 1, f"p must be a share of the pixels, 0 < p <= 1, got {self.p!r}")
+        check_number("p", self.p, above=0, most=1)
         self._check()
         check(isinstance(self.threat, (Linf, L2)), f"threat must be Linf or L2, got {self.threat!r}")
 
@@ -108,11 +118,14 @@ class Square(Walk):
 
     def draw(self, x, y, logits, g, turn):
         check(x.dim() == 4, f"square changes windows of images (N, C, H, W), got x of shape {tuple(x.shape)}")
-        (c, h, w), start = x.shape[1:], (_stripes if self.flat else _tiles)(x, self.threat, g)
+        c, h, w = x.shape[1:]
+        start = (_stripes if self.flat else _tiles)(x, self.threat, g)
         side, = sent(g.device, sides(*self._schedule((c, h, w))))
         u = _draws((self.queries, 2 + c if self.flat else 5 + c), g)        # row by row: what each query draws
-        table = dict(side=side, top=_places(u[:, 0], h - side), left=_places(u[:, 1], w - side), sign=_signs(u[:, -c:]).to(x))
-        if not self.flat: table |= dict(top2=_places(u[:, 2], h - side), left2=_places(u[:, 3], w - side), lying=u[:, 4] > .5)
+        table = dict(side=side, top=_places(u[:, 0], h - side), left=_places(u[:, 1], w - side))
+        table["sign"] = _signs(u[:, -c:]).to(x)
+        if not self.flat:
+            table |= dict(top2=_places(u[:, 2], h - side), left2=_places(u[:, 3], w - side), lying=u[:, 4] > .5)
         return dict(start=start, shared={k: v.to(x.device) for k, v in table.items()})
 
     def _schedule(self, shape):
@@ -120,8 +133,10 @@ class Square(Walk):
         return self.queries, self.p, tuple(shape), self.stretched, *(() if self.flat else (3, True))
 
     def begin(self, x, y, start, shared):
-        s = dict(y=y, at=start, best=start, height=x.new_full((len(x),), -torch.inf), i=torch.zeros_like(y), shared=shared)
-        return s | (dict(low=(x - self.threat.eps).clamp_min(0), high=(x + self.threat.eps).clamp_max(1)) if self.flat else dict(x=x))
+        lowest = x.new_full((len(x),), -torch.inf)
+        s = dict(y=y, at=start, best=start, height=lowest, i=torch.zeros_like(y), shared=shared)
+        if not self.flat: return s | dict(x=x)
+        return s | dict(low=(x - self.threat.eps).clamp_min(0), high=(x + self.threat.eps).clamp_max(1))
 
     def loss_of(self, logits, s): return -margin(logits, s["y"])
 
@@ -131,7 +146,8 @@ class Square(Walk):
         if not query.is_cuda:                                              # images that begin together share windows
             query, which = query.unique(return_inverse=True)
             if len(query) > 1: each = lambda t: t[which]
-        return s | dict(at=(self._push if self.flat else self._exchange)(s, query, each), i=s["i"] + 1)
+        change = self._push if self.flat else self._exchange
+        return s | dict(at=change(s, query, each), i=s["i"] + 1)
 
     def top(self, s, model):
         "The best point, the last one included, which no step has looked at."
@@ -140,29 +156,38 @@ class Square(Walk):
     def _remember(self, s, losses):
         better = losses > s["height"]
         if better.is_cuda:
-            return s | dict(best=_where(better, s["at"], s["best"]), height=torch.where(better, losses, s["height"]))
-        rows = better.nonzero()[:, 0]                                      # few: late in a walk, hardly a window is kept
-        return s | dict(best=s["best"].index_copy(0, rows, s["at"][rows]), height=s["height"].index_copy(0, rows, losses[rows])) if len(rows) else s
+            return s | dict(best=where_each(better, s["at"], s["best"]),
+                            height=torch.where(better, losses, s["height"]))
+        rows = better.nonzero()[:, 0]                                     # few: late in a walk, hardly a window is kept
+        if not len(rows): return s
+        return s | dict(best=s["best"].index_copy(0, rows, s["at"][rows]),
+                        height=s["height"].index_copy(0, rows, losses[rows]))
 
     def _window(self, s, query, top="top", left="left"):
         "Which rows (n, 1, H, 1) and columns (n, 1, 1, W) a query's window has."
         table, (h, w) = s["shared"], s["at"].shape[2:]
-        rows, cols = (_inside(table[k][query], table["side"][query], n) for k, n in ((top, h), (left, w)))
+        side = table["side"][query]
+        rows, cols = _inside(table[top][query], side, h), _inside(table[left][query], side, w)
         return rows[:, None, :, None], cols[:, None, None, :]
 
     def _push(self, s, query, each):
         "l-infinity: the window goes to x + eps or x - eps, one sign a channel."
-        (rows, cols), sign = self._window(s, query), s["shared"]["sign"][query][:, :, None, None]
-        return torch.addcmul(s["best"], each(rows * (2 * self.threat.eps * sign)), each(cols.to(sign))).clamp_(s["low"], s["high"])
+        rows, cols = self._window(s, query)
+        sign = s["shared"]["sign"][query][:, :, None, None]
+        push = torch.addcmul(s["best"], each(rows * (2 * self.threat.eps * sign)), each(cols.to(sign)))
+        return push.clamp_(s["low"], s["high"])
 
     def _exchange(self, s, query, each):
         "l2: what both windows hold, and what is left of the budget, goes into the first."
         x, c, tiny = s["x"], s["x"].shape[1], 1e-12
-        first, second = (rows & cols for rows, cols in (self._window(s, query), self._window(s, query, "top2", "left2")))
+        windows = self._window(s, query), self._window(s, query, "top2", "left2")
+        first, second = (rows & cols for rows, cols in windows)
         one, both = each(first.to(x)), each((first | second).to(x))
         d = s["best"] - x
-        held = d.square().flatten(2) @ torch.cat([one, both, torch.ones_like(one)], 1).flatten(2).mT   # (N, C, 3): in the first, in both, in all
-        budget = held[..., 1] + (self.threat.eps ** 2 - held[..., 2].sum(1, keepdim=True)).clamp_min(0) / c
+        parts = torch.cat([one, both, torch.ones_like(one)], 1).flatten(2).mT
+        held = d.square().flatten(2) @ parts                               # (N, C, 3): in the first, in both, in all
+        left = (self.threat.eps ** 2 - held[..., 2].sum(1, keepdim=True)).clamp_min(0)
+        budget = held[..., 1] + left / c
         new = each(self._hills(s, query)) * each(s["shared"]["sign"][query])[:, :, None, None]
         new = new.addcmul(d, one / (held[..., 0].sqrt() + tiny)[..., None, None])
         new *= (budget.sqrt() / (torch.linalg.vector_norm(new, dim=(2, 3)) + tiny))[..., None, None]
@@ -171,11 +196,15 @@ class Square(Walk):
 
     def _hills(self, s, query):
         "(n, 1, H, W): each query's pattern in its first window, 0 elsewhere."
-        (h, w), table = s["at"].shape[2:], s["shared"]
+        table, (h, w) = s["shared"], s["at"].shape[2:]
         side, top, left, lying = (table[k][query][:, None, None] for k in ("side", "top", "left", "lying"))
-        down, right = (torch.arange(n, device=side.device) for n in (h, w))
-        down, right = down[:, None] - top, right - left                # (n, H, 1), (n, 1, W): places in the window
+        down = torch.arange(h, device=side.device)[:, None] - top          # (n, H, 1), (n, 1, W): places in the window
+        right = torch.arange(w, device=side.device) - left
         inside = (down >= 0) & (down < side) & (right >= 0) & (right < side)
         which, hills = _patterns(s["at"].device, *self._schedule(s["at"].shape[1:]))
-        row, column = (torch.where(lying, a, b).clamp(0, hills.shape[1] - 1) for a, b in ((right, down), (down, right)))
+        end = hills.shape[1] - 1
+        row = torch.where(lying, right, down).clamp(0, end)
+        column = torch.where(lying, down, right).clamp(0, end)
         return (hills[which[side], row, column] * inside)[:, None]
+
+ATTACKS.add("square", Square)

@@ -9,8 +9,8 @@ __all__ = ['groups', 'Coreset', 'Random']
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
-from ..compressed import BALANCES, Compressor, budget, method
-from ..core import check, generator_of
+from ..compressor import BALANCES, Compressor, budget, method
+from ..core import check_one_of, generator_of
 from ..data import ImageSet
 
 # %% ../../nbs/coresets/60_random.ipynb #13caec51
@@ -26,9 +26,9 @@ def groups(data: ImageSet,
 @dataclass(frozen=True)
 class Coreset(Compressor):
     "A method that picks images of a data set: `look` at the data once, then `pick` in each group."
-    balance: str | None = field(default="equal", kw_only=True)  # "equal": each class gets the same; "proportional" to its size; None: labels are ignored
+    balance: str | None = field(default="equal", kw_only=True)  # "equal", "proportional" to class sizes, None: any
 
-    def __post_init__(self): check(self.balance in BALANCES, f"balance must be 'equal', 'proportional' or None, got {self.balance!r}")
+    def __post_init__(self): check_one_of("balance", self.balance, BALANCES)
 
     def counts(self, data, ipc=None, total=None): return budget(data, ipc, total, self.balance)
 
@@ -40,12 +40,14 @@ class Coreset(Compressor):
              rows: Tensor,                # (n,) candidates: rows of the data, in random order
              k: int,                      # how many to take
              g: torch.Generator,          # for methods that draw
-            ) -> Tensor | tuple[Tensor, Tensor]:   # (k,) of the rows, best first; and, if the method gives them, their weights
+            ) -> Tensor | tuple[Tensor, Tensor]:   # (k,) of the rows, best first; and weights, if the method gives them
         raise NotImplementedError
 
     def make(self, data, counts, seed, device):
         seen, g = self.look(data, seed, device), generator_of(seed, "random")
-        shuffled = [(rows[torch.randperm(len(rows), generator=g)], k) for rows, k in groups(data, counts, self.balance)]    # whatever k is: a larger budget meets the same order
+        shuffle = lambda rows: rows[torch.randperm(len(rows), generator=g)]
+        # every group is shuffled, whatever k is: a larger budget meets the same order
+        shuffled = [(shuffle(rows), k) for rows, k in groups(data, counts, self.balance)]
         picked = [self.pick(seen, rows, k, g) for rows, k in shuffled if k]
         if not isinstance(picked[0], tuple): return {"indices": torch.cat(picked)}
         indices, weights = map(torch.cat, zip(*picked))

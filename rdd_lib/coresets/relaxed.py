@@ -7,8 +7,8 @@ __all__ = ['RelaxedCoreset']
 
 # %% ../../nbs/coresets/62_relaxed.ipynb #97eb88bf
 from dataclasses import dataclass
-from ..compressed import method
-from ..core import check, device_of
+from ..compressor import method
+from ..core import check, check_number, check_one_of, device_of
 from .covering import Covering
 from ..covering.distances import check_norm
 from ..covering.relaxed import BUDGETS, relaxed_mcs
@@ -17,7 +17,7 @@ from ..covering.relaxed import BUDGETS, relaxed_mcs
 @method("relaxed_coreset", "Chen & Selvan 2024 (MCS paper), section 6", alias="rmcs")
 @dataclass(frozen=True)
 class RelaxedCoreset(Covering):
-    "The images with the smallest mean distance of all images to their nearest one that can be found: k-medians in each class."
+    "The images with the smallest mean distance of all to their nearest one that can be found: k-medians in each class."
     norm: float = 2               # of the distance between images: 1, 2 or inf
     budget: str = "per_class"     # "per_class": ipc in each; "joint": labels are ignored
     weights: bool = True          # count each image as often as it is the nearest one, or all the same
@@ -26,11 +26,12 @@ class RelaxedCoreset(Covering):
     def __post_init__(self):
         check_norm(self.norm)
         check(isinstance(self.weights, bool), f"weights must be True or False, got {self.weights!r}")
-        check(self.budget in BUDGETS, f"budget must be 'per_class' or 'joint', got {self.budget!r}")
-        check(isinstance(self.time_limit, (int, float)) and self.time_limit >= 0, f"time_limit must be a number of seconds >= 0, got {self.time_limit!r}")
+        check_one_of("budget", self.budget, BUDGETS)
+        check_number("time_limit", self.time_limit, 0)
 
     def make(self, data, counts, seed, device):
         chosen = relaxed_mcs(data.x, self.k(counts), norm=self.norm, labels=data.y, budget=self.budget,
                              time_limit=self.time_limit, seed=seed, device=device_of(device))
-        return {"indices": chosen.indices, "radius": chosen.radius, "weights": chosen.weights().float() if self.weights else None,
+        weights = chosen.weights().float() if self.weights else None
+        return {"indices": chosen.indices, "radius": chosen.radius, "weights": weights,
                 "certificate": {"prices": chosen.multipliers}}

@@ -9,7 +9,7 @@ __all__ = ['DistributionMatching']
 from dataclasses import dataclass
 import torch
 from ..augmentation import Siamese
-from ..compressed import method
+from ..compressor import method
 from ..core import check, check_whole, drawn, subseed
 from .synthetic import ClassMatching
 from ..training.trainer import Trainer
@@ -28,12 +28,15 @@ class DistributionMatching(ClassMatching):
     def __post_init__(self):
         super().__post_init__()
         check_whole("extractors", self.extractors)
-        check(not self.lr_label, f"distribution matching does not look at labels: lr_label must be 0, got {self.lr_label}")
+        check(not self.lr_label,
+              f"distribution matching does not look at labels: lr_label must be 0, got {self.lr_label}")
 
     def shown(self, counts): return {} if self.extractor else super().shown(counts)
 
     def prepare(self, s, data, seed, device):
-        if self.extractor: return [self.extractor(self.net, data, subseed(seed, "extractor", n), device) for n in range(self.extractors)]
+        if self.extractor is None: return None
+        seeds = [subseed(seed, "extractor", n) for n in range(self.extractors)]
+        return [self.extractor(self.net, data, seed, device) for seed in seeds]
 
     def steps(self, s, real, data, g):
         net = self._look(s, data, g).requires_grad_(False)
@@ -46,5 +49,7 @@ class DistributionMatching(ClassMatching):
 
     def _gap(self, net, s, real, data, c, g):
         augment = Siamese(self.augment, data.name, g)           # shared by the real and the synthetic batch
-        with torch.no_grad(): goal = sum(net.embed(part).float().sum(0) for part in self.parts(augment(real(c, self.batch_real, g)), net)) / self.batch_real
+        x = augment(real(c, self.batch_real, g))
+        with torch.no_grad():
+            goal = sum(net.embed(part).float().sum(0) for part in self.parts(x, net)) / self.batch_real
         return (net.embed(augment(s.u[s.rows[c]])).float().mean(0) - goal).square().sum()

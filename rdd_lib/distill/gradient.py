@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..augmentation import DSA, Siamese
-from ..compressed import method
-from ..core import check, check_whole, drawn, generator_of, sent
+from ..compressor import method
+from ..core import check, check_whole, drawn, generator_of
+from ..models import sent
 from .synthetic import ClassMatching
-from ..training.objectives import Standard
+from ..training.objectives import Standard, trait
 from ..training.trainer import batch_sizes
 
 # %% ../../nbs/distill/72_gradient.ipynb #556e9ff9
@@ -28,7 +29,8 @@ def distance(own: list[Tensor],    # gradients of the weights from synthetic ima
     return sum(of_rows(a, b) for a, b in zip(own, goal))
 
 # %% ../../nbs/distill/72_gradient.ipynb #ca78537f
-LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}   # images per class -> steps on the images, epochs between them
+# images per class -> steps on the images, epochs between them
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 def loops(ipc: int) -> tuple[int, int]:
     "The authors' numbers for `ipc`, or for the nearest smaller one."
@@ -42,10 +44,10 @@ class GradientMatching(ClassMatching):
     lr: float = .1
     init: object = "noise"
     augment: str = ""
-    outer: int | None = None          # steps on the images for each fresh network; None: the authors' number for this budget
-    inner: int | None = None          # epochs of training it on them in between; None: theirs
-    lr_net: float = .01               # of that training: SGD without momentum
-    batch_net: int = 256              # images in a batch of it
+    outer: int | None = None    # steps on the images for each fresh network; None: the authors' number for this budget
+    inner: int | None = None    # epochs of training it on them in between; None: theirs
+    lr_net: float = .01         # of that training: SGD without momentum
+    batch_net: int = 256        # images in a batch of it
     real_objective: object = Standard()   # the loss on the real images: (model, x, y, w, generator) -> loss
 
     def __post_init__(self):
@@ -55,13 +57,18 @@ class GradientMatching(ClassMatching):
         check_whole("batch_net", self.batch_net)
         check(self.lr_net > 0, f"lr_net must be > 0, got {self.lr_net}")
 
+    def _loops(self, ipc):
+        "Steps on the images for each fresh network, and epochs between them."
+        outer, inner = loops(ipc)
+        return self.outer or outer, self.inner or inner
+
     def shown(self, counts):
-        trained = batch_sizes(sum(counts), self.batch_net) if (self.outer or loops(max(counts))[0]) > 1 else []
+        outer, _ = self._loops(max(counts))
+        trained = batch_sizes(sum(counts), self.batch_net) if outer > 1 else []
         return super().shown(counts) | {f"batch_net={self.batch_net}": trained}
 
     def steps(self, s, real, data, g):
-        outer, inner = loops(max(rows.stop - rows.start for rows in s.rows))
-        outer, inner = self.outer or outer, self.inner or inner
+        outer, inner = self._loops(max(rows.stop - rows.start for rows in s.rows))
         net = self.fresh(s, data, drawn(g))
         for o in range(outer):
             if o: self._train(net, s, inner, data, g)
@@ -69,7 +76,8 @@ class GradientMatching(ClassMatching):
 
     def _gap(self, net, s, real, data, c, g):
         "How far class `c`'s gradients are apart."
-        augment, weights = Siamese(self.augment, data.name, g), [p for p in net.parameters() if p.dim() > 1]
+        augment = Siamese(self.augment, data.name, g)
+        weights = [p for p in net.parameters() if p.dim() > 1]
         goal = self._real_gradient(net, weights, s.scale.raw(augment(real(c, self.batch_real, g))), c, g)
         logits = net.model(augment(s.u[s.rows[c]])).float()
         own = torch.autograd.grad(F.cross_entropy(logits, s.target[s.rows[c]]), weights, create_graph=True)
@@ -78,10 +86,11 @@ class GradientMatching(ClassMatching):
     def _real_gradient(self, net, weights, x, c, g):
         "Gradients of the objective on real pixels, part by part where it is a mean over images."
         draws = generator_of(drawn(g), device=x.device)
-        whole = not getattr(self.real_objective, "per_image", False)
+        whole = not trait(self.real_objective, "per_image")
         total = [torch.zeros_like(p) for p in weights]
         for part in ((x,) if whole else self.parts(x, net)):
-            loss = self.real_objective(net, part, torch.full((len(part),), c, device=x.device), None, draws)
+            y = torch.full((len(part),), c, device=x.device)
+            loss = self.real_objective(net, part, y, None, draws)
             for t, grad in zip(total, torch.autograd.grad(loss, weights)): t.add_(grad, alpha=len(part) / len(x))
         return total
 
@@ -101,4 +110,5 @@ class GradientMatching(ClassMatching):
 def dsa_settings(data, ipc): return {"augment": DSA, "init": "real"}     # a preset
 
 method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=dsa_settings,
-       says="DSA: gradient matching, real and synthetic images seen through the same random augmentation.")(GradientMatching);
+       says="DSA: gradient matching, real and synthetic images seen through the same random augmentation."
+      )(GradientMatching);

@@ -12,36 +12,44 @@ from itertools import combinations
 from math import isfinite, nan
 import numpy as np
 import torch
-from ..core import BadArgument, check, check_whole, lookup, subseed
+from ..core import BadArgument, check, check_number, check_one_of, check_whole, lookup, subseed
 from .outcome import Outcome, Score
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #2b53edb7
-def hits(result,              # an `Outcome`, a list of them (one a student), a `Score`, or booleans: (N,) or (students, N)
+def hits(result,              # an `Outcome`, a list of them (one a student), a `Score`, or booleans, (students, N)
          which: str = "rob",  # of an `Outcome`: "rob", who survived, or "std", who was right on the clean image
         ) -> np.ndarray:      # (students, N) bool
-    "Which images each student got. Raises `BadArgument` where the students of one result were judged by different images."
-    check(which in ("std", "rob"), f"which must be 'std' or 'rob', got {which!r}")
+    """Which images each student got.
+
+    Raises `BadArgument` where the students of one result were judged by different images."""
+    check_one_of("which", which, ("std", "rob"))
     if outcomes := _outcomes(result):
         for o in outcomes[1:]: _check_same_labels(outcomes[0], o)
         return np.stack([(o.survived if which == "rob" else o.correct).cpu().numpy() for o in outcomes])
     try: rows = np.atleast_2d(np.asarray(result.cpu() if torch.is_tensor(result) else result))
-    except ValueError: raise BadArgument("result must hold as many images for every student, got rows of different lengths") from None
+    except ValueError:
+        said = "result must hold as many images for every student, got rows of different lengths"
+        raise BadArgument(said) from None
     check(rows.ndim == 2 and rows.size and rows.dtype.kind in "biuf" and np.isin(rows, (0, 1)).all(),
-          f"result must be an Outcome, a list of them, a Score, or booleans of shape (N,) or (students, N), got {type(result).__name__} {rows.dtype} {rows.shape}")
+          "result must be an Outcome, a list of them, a Score, or booleans of shape (N,) or (students, N), "
+          f"got {type(result).__name__} {rows.dtype} {rows.shape}")
     return rows.astype(bool)
 
 def _outcomes(result):
     "The outcomes in `result`; none if it is an array."
     if isinstance(result, Score): result = result.outcomes
     if isinstance(result, Outcome): return [result]
-    return list(result) if isinstance(result, (list, tuple)) and result and all(isinstance(o, Outcome) for o in result) else []
+    several = isinstance(result, (list, tuple)) and all(isinstance(o, Outcome) for o in result)
+    return list(result) if several else []
 
 def _check_same_labels(a, b):
     check(len(a) == len(b), f"a comparison needs the same images, got {len(a)} and {len(b)}")
     differ = int((a.y.cpu() != b.y.cpu()).sum())
-    check(not differ, f"a comparison needs the same images in the same order; the labels of {differ} of {len(a)} differ")
+    check(not differ, "a comparison needs the same images in the same order; "
+          f"the labels of {differ} of {len(a)} differ")
     one, two = (getattr(o, "fingerprint", "") for o in (a, b))
-    check(one == two or not (one and two), f"a comparison needs the same images; their fingerprints are {one} and {two}")
+    check(one == two or not (one and two),
+          f"a comparison needs the same images; their fingerprints are {one} and {two}")
 
 def _both(a, b, which):
     "The hits of two results, if the same images judged them."
@@ -57,7 +65,8 @@ def mcnemar(only_a: int,       # images that only a got
            ) -> float:         # two-sided p-value
     "How often fair coins fall at least as unevenly as the images on which two models disagree (McNemar 1947, exact)."
     from scipy.stats import binom
-    check_whole("only_a", only_a, 0); check_whole("only_b", only_b, 0)
+    check_whole("only_a", only_a, 0)
+    check_whole("only_b", only_b, 0)
     n, k = only_a + only_b, min(only_a, only_b)
     p = 2 * binom.cdf(k, n, .5) - (binom.pmf(k, n, .5) if mid else 0)
     return float(min(1., p))
@@ -86,7 +95,8 @@ def pairs(a, b,                # as in `hits`, one student each
          ) -> Pairs:
     "Two models, image by image. Raises `BadArgument` for different images, and for several students: see `difference`."
     a, b = _both(a, b, which)
-    check(len(a) == len(b) == 1, f"pairs compares two models, got {len(a)} and {len(b)} students; difference() compares several")
+    check(len(a) == len(b) == 1,
+          f"pairs compares two models, got {len(a)} and {len(b)} students; difference() compares several")
     return Pairs(int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), int((~a & ~b).sum()))
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #dc44aaef
@@ -96,10 +106,13 @@ def _patterns(a, b):
 
 def _drawn(a, b, draws, rng):
     "Differences over resampled images and students, (draws,)."
-    (kinds, count), sa, sb = _patterns(a, b), len(a), len(b)
+    kinds, count = _patterns(a, b)
+    sa, sb = len(a), len(b)
     extremes = np.array([[1] * sa + [0] * sb, [0] * sa + [1] * sb, [1] * (sa + sb), [0] * (sa + sb)])
-    kinds, count = np.concatenate([kinds, extremes]).astype(float), np.concatenate([count, np.full(4, .5)])
-    n, room, out = round(count.sum()), max(1, 10**7 // len(count)), []
+    kinds = np.concatenate([kinds, extremes]).astype(float)
+    count = np.concatenate([count, np.full(4, .5)])
+    n, room = round(count.sum()), max(1, 10**7 // len(count))
+    out = []
     for size in [room] * (draws // room) + [draws % room]:           # in parts: many students have many patterns
         accuracy = rng.multinomial(n, count / n, size=size) @ kinds / n
         out.append(_mixed(accuracy[:, :sa], rng) - _mixed(accuracy[:, sa:], rng))
@@ -109,7 +122,8 @@ def _mixed(accuracy, rng):
     "Means over resampled students: S - 1 of S are drawn (Rao & Wu 1988)."
     students = accuracy.shape[1]
     if students == 1: return accuracy[:, 0]
-    return (rng.multinomial(students - 1, np.full(students, 1 / students), size=len(accuracy)) * accuracy).sum(1) / (students - 1)
+    times = rng.multinomial(students - 1, np.full(students, 1 / students), size=len(accuracy))
+    return (times * accuracy).sum(1) / (students - 1)
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #6ed60ad0
 def resampled(a, b,                 # as in `hits`
@@ -117,13 +131,15 @@ def resampled(a, b,                 # as in `hits`
               draws: int = 10_000,
               seed: int = 0,
              ) -> np.ndarray:       # (draws,) differences of accuracy, a - b
-    "The difference over resampled images, and over resampled students where there are several (paired and hierarchical bootstrap)."
+    """The difference over resampled images, and over resampled students where there are several (paired and
+    hierarchical bootstrap)."""
     check_whole("draws", draws, 100)
     a, b = _both(a, b, which)
-    rng, (ab, ba) = np.random.default_rng(subseed(seed, "bootstrap")), (_key(a, b), _key(b, a))
-    if ab == ba:                                                     # nothing tells them apart, so neither may the draws
+    rng = np.random.default_rng(subseed(seed, "bootstrap"))
+    ab, ba = _key(a, b), _key(b, a)
+    if ab == ba:                                                 # nothing tells them apart, so neither may the draws
         d = _drawn(a, b, draws // 2, rng)
-        return np.concatenate([d, np.zeros(draws % 2), -d])          # an odd one is 0, so that both orders give the same
+        return np.concatenate([d, np.zeros(draws % 2), -d])      # an odd one is 0, so that both orders give the same
     return _drawn(a, b, draws, rng) if ab < ba else -_drawn(b, a, draws, rng)
 
 def _key(a, b): return len(a), *(v.tobytes() for v in _patterns(a, b))
@@ -140,8 +156,10 @@ class Difference:
     students: tuple     # of a, of b
 
     def __repr__(self):
-        many = f", {self.students[0]} against {self.students[1]} students" if max(self.students) > 1 else ""
-        return f"{100 * self.value:+.1f} points ({100 * self.lo:+.1f} ... {100 * self.hi:+.1f}), p = {self.p:.2g}, {self.images} images{many}"
+        a, b = self.students
+        many = f", {a} against {b} students" if max(a, b) > 1 else ""
+        points = f"{100 * self.value:+.1f} points ({100 * self.lo:+.1f} ... {100 * self.hi:+.1f})"
+        return f"{points}, p = {self.p:.2g}, {self.images} images{many}"
 
 def difference(a, b,                # as in `hits`
                which: str = "rob",
@@ -151,11 +169,14 @@ def difference(a, b,                # as in `hits`
                seed: int = 0,
               ) -> Difference:
     "By how much a is better than b. Raises `BadArgument` for different images."
-    check(0 < level < 1, f"level must lie between 0 and 1, got {level}")
-    d, (a, b) = resampled(a, b, which, draws, seed), _both(a, b, which)
+    _check_within("level", level)
+    d = resampled(a, b, which, draws, seed)
+    a, b = _both(a, b, which)
     lo, hi = np.quantile(d, [(1 - level) / 2, (1 + level) / 2])
     p = pairs(a, b).p(mid) if len(a) == len(b) == 1 else _both_sides(d)
     return Difference(float(a.mean() - b.mean()), float(lo), float(hi), p, a.shape[1], (len(a), len(b)))
+
+def _check_within(name, value): check(0 < value < 1, f"{name} must lie between 0 and 1, got {value}")
 
 def _both_sides(d):
     "Twice the share of draws on the other side of 0; never 0."
@@ -164,9 +185,10 @@ def _both_sides(d):
 # %% ../../nbs/evaluation/51_comparison.ipynb #16ad0144
 def holm(p,                   # p-values: a sequence of any length
         ) -> np.ndarray:      # adjusted, in the same order
-    "P-values of a whole table, adjusted so that the chance of any false claim stays below the level (Holm 1979)."
+    "P-values of a table, adjusted so that the chance of any false claim stays below the level (Holm 1979)."
     p = np.asarray(p, float)
-    check(p.ndim == 1 and bool(((p >= 0) & (p <= 1)).all()), f"p must be a sequence of numbers in 0 ... 1, got {p.tolist()}")
+    check(p.ndim == 1 and bool(((p >= 0) & (p <= 1)).all()),
+          f"p must be a sequence of numbers in 0 ... 1, got {p.tolist()}")
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
@@ -183,16 +205,22 @@ def compare(outcomes: dict,                # name -> result, as in `hits`
            ):                              # DataFrame: a row a comparison; differences are fractions
     """Every difference with its interval, p-value, Holm-adjusted p-value, and a verdict in words.
 
-    The intervals are each for itself; only `p_holm` and the verdict know of the others. Raises `BadArgument` for different images, `UnknownName`."""
+    The intervals are each for itself; only `p_holm` and the verdict know of the others. Raises `BadArgument` for
+    different images, `UnknownName`."""
     import pandas as pd
-    check(isinstance(outcomes, dict) and len(outcomes) >= 2, f"outcomes must be a dict of at least two results, got {outcomes!r:.80}")
-    if reference is not None: lookup(reference, outcomes, "reference")
-    names = list(combinations(outcomes, 2)) if reference is None else [(name, reference) for name in outcomes if name != reference]
+    check(isinstance(outcomes, dict) and len(outcomes) >= 2,
+          f"outcomes must be a dict of at least two results, got {outcomes!r:.80}")
+    if reference is None: names = list(combinations(outcomes, 2))
+    else:
+        lookup(reference, outcomes, "reference")
+        names = [(name, reference) for name in outcomes if name != reference]
     found = [difference(outcomes[a], outcomes[b], which, level, draws, mid, seed) for a, b in names]
-    adjusted = holm([d.p for d in found])
-    return pd.DataFrame([{"method": a, "against": b, "images": d.images, "students": f"{d.students[0]}, {d.students[1]}", "difference": d.value,
-                          "difference_lo": d.lo, "difference_hi": d.hi, "p": d.p, "p_holm": p, "verdict": _verdict(a, b, d, p <= 1 - level)}
-                         for (a, b), d, p in zip(names, found, adjusted, strict=True)])
+    rows = []
+    for (a, b), d, p in zip(names, found, holm([d.p for d in found]), strict=True):
+        rows.append({"method": a, "against": b, "images": d.images, "students": f"{d.students[0]}, {d.students[1]}",
+                     "difference": d.value, "difference_lo": d.lo, "difference_hi": d.hi, "p": d.p, "p_holm": p,
+                     "verdict": _verdict(a, b, d, p <= 1 - level)})
+    return pd.DataFrame(rows)
 
 def _verdict(a, b, d, certain):
     if certain: return f"{a if d.value > 0 else b} is better, by {100 * abs(d.value):.1f} points"
@@ -209,15 +237,18 @@ def paired_power(n: int,               # test images
     from scipy.stats import binom
     check_whole("n", n)
     _check_effect(difference, disagreement)
-    check(0 < level < 1, f"level must lie between 0 and 1, got {level}")
-    m = np.arange(binom.ppf(1e-9, n, disagreement), binom.ppf(1 - 1e-9, n, disagreement) + 1)      # disagreements
+    _check_within("level", level)
+    first, last = (binom.ppf(tail, n, disagreement) for tail in (1e-9, 1 - 1e-9))
+    m = np.arange(first, last + 1)                           # disagreements
     c = binom.ppf((1 - level) / 2, m, .5)                    # at most c of them may go to the worse model
     c -= 2 * binom.cdf(c, m, .5) > 1 - level
     if mid: c += 2 * binom.cdf(c, m, .5) + binom.pmf(c + 1, m, .5) <= 1 - level
-    return float((binom.pmf(m, n, disagreement) * binom.cdf(c, m, (disagreement - difference) / (2 * disagreement))).sum())
+    worse = (disagreement - difference) / (2 * disagreement)
+    return float((binom.pmf(m, n, disagreement) * binom.cdf(c, m, worse)).sum())
 
 def _check_effect(difference, disagreement):
-    check(0 < difference <= disagreement <= 1, f"0 < difference <= disagreement <= 1 must hold, got difference {difference}, disagreement {disagreement}")
+    check(0 < difference <= disagreement <= 1, "0 < difference <= disagreement <= 1 must hold, "
+          f"got difference {difference}, disagreement {disagreement}")
 
 # %% ../../nbs/evaluation/51_comparison.ipynb #2c84ca60
 def images_needed(difference: float,    # true difference of accuracy, > 0
@@ -226,14 +257,17 @@ def images_needed(difference: float,    # true difference of accuracy, > 0
                   level: float = .95,
                   mid: bool = False,
                  ) -> int:
-    "Test images with which McNemar's test finds the better of two models, while one fewer do not. (Its power is a sawtooth in n, so this may be a few off.)"
+    """Test images with which McNemar's test finds the better of two models, while one fewer do not. (Its power is a
+    sawtooth in n, so this may be a few off.)"""
     _check_effect(difference, disagreement)
-    check(0 < power < 1, f"power must lie between 0 and 1, got {power}")
+    _check_within("power", power)
+
+    def short_of(n): return paired_power(n, difference, disagreement, level, mid) < power
     short, n = 0, 1
-    while paired_power(n, difference, disagreement, level, mid) < power: short, n = n, 2 * n
+    while short_of(n): short, n = n, 2 * n
     while n - short > 1:
         middle = (short + n) // 2
-        if paired_power(middle, difference, disagreement, level, mid) < power: short = middle
+        if short_of(middle): short = middle
         else: n = middle
     return n
 
@@ -253,10 +287,13 @@ def beard(clean: float,                      # accuracy without attack, in 0 ...
          ) -> Beard:
     """RR, AE and CREI (BEARD, Zhou et al. 2024), for comparison with numbers published so.
 
-    They depend on the list of attacks and on the program that runs them, and are no measure of robustness. Raises `BadArgument`."""
-    check(isinstance(adversarial, dict) and len(adversarial), f"adversarial must be a dict of at least one attack, got {adversarial!r}")
-    for name, v in {"clean": clean, **adversarial}.items(): check(0 <= v <= 1, f"accuracies must be fractions in 0 ... 1, got {v!r} for {name!r}")
-    check(0 <= alpha <= 1, f"alpha must be in 0 ... 1, got {alpha}")
+    They depend on the list of attacks and on the program that runs them, and are no measure of robustness.
+    Raises `BadArgument`."""
+    check(isinstance(adversarial, dict) and len(adversarial),
+          f"adversarial must be a dict of at least one attack, got {adversarial!r}")
+    for name, v in {"clean": clean, **adversarial}.items():
+        check(0 <= v <= 1, f"accuracies must be fractions in 0 ... 1, got {v!r} for {name!r}")
+    check_number("alpha", alpha, 0, 1)
     check((clean_time is None) == (times is None), "clean_time and times must be given together")
     rr = 1 - _share(clean, adversarial.values(), min)
     ae = nan if times is None else _share(clean_time, _checked_times(clean_time, times, adversarial), max)
@@ -266,9 +303,12 @@ def _share(clean, values, extreme):
     "How far the mean has gone from `clean` to the extreme; NaN where the extreme is not beyond `clean`."
     values = list(values)
     way = extreme(values) - clean
-    return (float(np.mean(values)) - clean) / way if way * (1 if extreme is max else -1) > 0 else nan
+    beyond = way > 0 if extreme is max else way < 0
+    return (float(np.mean(values)) - clean) / way if beyond else nan
 
 def _checked_times(clean_time, times, adversarial):
-    check(set(times) == set(adversarial), f"times must name the same attacks as adversarial: {', '.join(adversarial)}; got {', '.join(times)}")
-    for name, v in {"clean": clean_time, **times}.items(): check(isfinite(v) and v >= 0, f"times must be finite numbers >= 0, got {v!r} for {name!r}")
+    check(set(times) == set(adversarial),
+          f"times must name the same attacks as adversarial: {', '.join(adversarial)}; got {', '.join(times)}")
+    for name, v in {"clean": clean_time, **times}.items():
+        check(isfinite(v) and v >= 0, f"times must be finite numbers >= 0, got {v!r} for {name!r}")
     return times.values()
