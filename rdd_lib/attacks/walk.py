@@ -131,4 +131,5 @@ class AttackResult:
 
 # %% ../../nbs/attacks/22_walk.ipynb #22000010
 ATTACKS = Registry("attack", "rdd_lib.attacks.pgd", "rdd_lib.attacks.fab", "rdd_lib.attacks.square",
-                   "rdd_lib.attacks.carlini_wagner", "rdd_lib.attacks.autoattack")   # as `rdd list attacks` lists them
+                   "rdd_lib.attacks.carlini_wagner", "rdd_lib.attacks.autoattack",   # as `rdd list attacks` lists
+                   "rdd_lib.attacks")                                                # them, and what else is there

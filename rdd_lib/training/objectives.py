@@ -125,10 +125,10 @@ def generalized(attack: PGD,       # the inner maximum for radius epsilon
     return Adversarial(replace(attack, threat=replace(threat, eps=threat.eps + eta)))
 
 # %% ../../nbs/training/40_objectives.ipynb #bbfa3c0c
-# name -> (threat) -> objective; the modules stand in the order in which their objectives are listed
+# name -> (threat) -> objective; modules in the order in which their objectives are listed, then what else is there
 OBJECTIVES = Registry("objective", "rdd_lib.training.objectives", "rdd_lib.training.trades", "rdd_lib.training.mart",
                       "rdd_lib.training.curvature", "rdd_lib.training.input_gradient", "rdd_lib.training.fast",
-                      "rdd_lib.training.certified")
+                      "rdd_lib.training.certified", "rdd_lib.training")
 
 def _generalized(threat, eta=None):
     check(eta is not None,
