@@ -20,7 +20,7 @@ plain / ours. `moved` is how far a pixel moves at most in one iteration (normali
 steps), `apart` the largest difference between both sides' images after it, begun with the same images, network and
 batches, `gradients apart` that between their last gradients, over the largest gradient: above 1e-4 the two are not the
 same computation, and the benchmark ends with an error. --heap ours leaves the plain loop with the C library's own ways:
-our loops let it keep freed blocks (`core.keep_heap`), and by default it is told so for both.
+our loops let it keep freed blocks (`models.keep_heap`), and by default it is told so for both.
 """
 import argparse
 import ctypes
