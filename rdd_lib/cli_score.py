@@ -8,22 +8,21 @@ __all__ = ['Asked', 'default_threat', 'scored']
 # %% ../nbs/90_cli_score.ipynb #8a1e9104
 from dataclasses import dataclass, replace
 from pathlib import Path
-from .attacks.autoattack import attack_of
-from .attacks.until_broken import fingerprint
-from .attacks.threats import Linf, threat_of
-from .evaluation.sandwich import Sandwich
-from .certificates.certificate import certify
-from .certificates.bounds import steps_of
-from .core import check, device_of, digest, progress, with_settings
 from . import data, files
+from .attacks.autoattack import attack_of
+from .attacks.threats import Linf, threat_of
+from .attacks.until_broken import fingerprint
+from .certificates.bounds import steps_of
+from .certificates.certificate import certify
+from .core import check, device_of, digest, progress, with_settings
 from .data import ImageSet, sample
-from .models import check_classes
 from .evaluation.diagnostics import diagnose
 from .evaluation.outcome import evaluate
+from .evaluation.sandwich import Sandwich
 from .files import WRITERS
-from .models import Net
-from .training.trainer import Trainer
+from .models import check_classes, Net
 from .training.objectives import objective_of
+from .training.trainer import Trainer
 
 # %% ../nbs/90_cli_score.ipynb #da5763f8
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .core import check, plain
-from .files import opened, write_tensors
 from .data import ImageSet, show_images
+from .files import opened, write_tensors
 
 # %% ../nbs/06_compressed.ipynb #fef72433
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import rdd_lib
-from .core import Registry, check, check_one_of, check_whole, describe, device_of, plain, with_settings
-from .data import ImageSet, shares
 from .compressed import Compressed
+from .core import check, check_one_of, check_whole, describe, device_of, plain, Registry, with_settings
+from .data import ImageSet, shares
 
 # %% ../nbs/07_compressor.ipynb #924ce88b
 BALANCES = ("equal", "proportional", None)

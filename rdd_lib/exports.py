@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .core import BadArgument, BrokenFile, Unwritable, check, lookup
-from .files import atomic, read_by, read_pictures, read_torch, writing
+from .compressed import assembled, Compressed, parts
+from .core import BadArgument, BrokenFile, check, lookup, Unwritable
 from .data import ImageSet
-from .models import IMAGENET_STATS, MNIST_STATS, STATS, Normalized, statistics
-from .compressed import Compressed, assembled, parts
+from .files import atomic, read_by, read_pictures, read_torch, writing
+from .models import IMAGENET_STATS, MNIST_STATS, Normalized, statistics, STATS
 
 # %% ../nbs/08_exports.ipynb #b3758ba5
 _FASHION, _CIFAR = ((.2861,), (.3530,)), ((.4914, .4822, .4465), (.2023, .1994, .2010))

@@ -14,8 +14,7 @@ from torch import nn
 from .threats import Threat
 from .walk import Walk
 from ..core import check, lookup
-from ..models import seeded
-from ..models import eval_mode
+from ..models import eval_mode, seeded
 
 # %% ../../nbs/attacks/29_borrowed.ipynb #84b5fd25
 def _torchattacks():

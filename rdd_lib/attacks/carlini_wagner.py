@@ -13,10 +13,8 @@ from torch import Tensor
 from .losses import check_batch, margin, slope
 from .threats import L2, spread, where_each
 from .walk import ATTACKS, Walk
-from ..models import batch_of
 from ..core import check
-from ..models import one_look
-from ..models import eval_mode
+from ..models import batch_of, eval_mode, one_look
 
 # %% ../../nbs/attacks/27_carlini_wagner.ipynb #fc6a3bc5
 def to_tanh(x: Tensor,       # pixels in [0, 1]

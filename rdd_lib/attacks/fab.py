@@ -11,12 +11,10 @@ from itertools import count
 import torch
 from torch import Tensor
 from .losses import check_batch, check_logits, slope, wrong_at
-from .threats import L2, THREATS, Threat, spread, where_each
+from .threats import L2, spread, Threat, THREATS, where_each
 from .walk import ATTACKS, Walk
-from ..models import batch_of
 from ..core import check_number, check_whole, lookup, progress
-from ..models import numbers, one_look
-from ..models import eval_mode
+from ..models import batch_of, eval_mode, numbers, one_look
 
 # %% ../../nbs/attacks/26_fab.ipynb #f30120be
 def water_level(weight: Tensor,  # (N, n), at least 0

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import check
-from ..models import check_values
-from ..models import check_images
+from ..models import check_images, check_values
 
 # %% ../../nbs/attacks/21_losses.ipynb #19f5b83a
 class _CrossEntropy(torch.autograd.Function):

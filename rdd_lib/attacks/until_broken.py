@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from .losses import check_batch, check_logits, slope, wrong_at
 from .walk import Attack, AttackResult
-from ..models import batch_of, keep_heap
 from ..core import check, check_one_of, digest, generator_of, progress
-from ..models import numbers, one_look
 from ..files import Checkpoint, kept
-from ..models import eval_mode, frozen
+from ..models import batch_of, eval_mode, frozen, keep_heap, numbers, one_look
 
 # %% ../../nbs/attacks/24_until_broken.ipynb #cbb4f73e
 def _pick(s, rows): return {k: v if k == "shared" else v[rows] for k, v in s.items()}

@@ -9,11 +9,10 @@ __all__ = ['ATTACKS', 'Attack', 'Walk', 'AttackResult']
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .losses import LOSSES, check_batch, check_logits, slope
+from .losses import check_batch, check_logits, LOSSES, slope
 from .threats import Threat
-from ..core import Registry, check, check_whole, generator_of
-from ..models import one_look
-from ..models import frozen
+from ..core import check, check_whole, generator_of, Registry
+from ..models import frozen, one_look
 
 # %% ../../nbs/attacks/22_walk.ipynb #abd52edd
 class Attack:

@@ -12,9 +12,9 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check
-from ..models import MLP, ConvNet, LeNet, Normalized
 from ..attacks.threats import L2, Linf, Threat
+from ..core import check
+from ..models import ConvNet, LeNet, MLP, Normalized
 
 # %% ../../nbs/certificates/30_bounds.ipynb #82820b04
 def gamma(terms: int,     # summands, the bias included

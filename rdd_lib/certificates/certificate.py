@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ..core import RddError, check, device_of, lookup, progress
-from ..models import batch_of
-from ..data import ImageSet
-from ..intervals import wilson
-from ..models import eval_mode
 from ..attacks.losses import check_batch, check_logits
 from ..attacks.threats import Threat
 from .bounds import Affine, lower_bounds, margin_rows, propagate, region, steps_of
+from ..core import check, device_of, lookup, progress, RddError
+from ..data import ImageSet
+from ..intervals import wilson
+from ..models import batch_of, eval_mode
 
 # %% ../../nbs/certificates/31_certificate.ipynb #a0a48b75
 METHODS = {"ibp": "interval arithmetic (Gowal et al. 2018)",

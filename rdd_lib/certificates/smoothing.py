@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
+from ..attacks.losses import check_answer
+from ..attacks.threats import L2, Linf, Threat
+from ..attacks.until_broken import fingerprint
 from ..core import BrokenFile, check, check_whole, device_of, digest, generator_of, progress
-from ..models import one_look
-from ..models import check_images, sent
 from ..files import Checkpoint, write_tensors
 from ..intervals import check_alpha, clopper_pearson
-from ..models import eval_mode
-from ..attacks.losses import check_answer
-from ..attacks.until_broken import fingerprint
-from ..attacks.threats import L2, Linf, Threat
+from ..models import check_images, eval_mode, one_look, sent
 
 # %% ../../nbs/certificates/32_smoothing.ipynb #2022a6cd
 @dataclass(frozen=True, eq=False, repr=False)

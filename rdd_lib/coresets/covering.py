@@ -9,15 +9,14 @@ __all__ = ['KCenterGreedy', 'Covering', 'MinimalCoreset', 'verify_coreset']
 from dataclasses import dataclass
 import torch
 from ..compressed import Compressed
-from ..compressor import Compressor, budget, method
-from .random import Coreset, groups
+from ..compressor import budget, Compressor, method
 from ..core import check, check_one_of, device_of, generator_of
-from ..covering.certificate import CoverCertificate
-from ..covering.certificate import cover_of, verify_certificate
+from .random import Coreset, groups
+from ..covering.certificate import cover_of, CoverCertificate, verify_certificate
 from ..covering.distances import check_norm, space_of
+from ..covering.greedy import farthest_first
 from ..covering.k_center import k_mcs
 from ..covering.set_cover import check_limits
-from ..covering.greedy import farthest_first
 from ..data import ImageSet
 
 # %% ../../nbs/coresets/61_covering.ipynb #b7200fa0

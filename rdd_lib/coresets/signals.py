@@ -12,13 +12,12 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..attacks.pgd import PGD
 from ..core import check, describe, device_of, digest, generator_of, progress, subseed
-from ..models import sent
-from ..files import kept, read_tensors, remembered, write_tensors
 from .random import Coreset
 from ..data import ImageSet, pixels
-from ..models import Net, Normalized
-from ..attacks.pgd import PGD
+from ..files import kept, read_tensors, remembered, write_tensors
+from ..models import Net, Normalized, sent
 from ..training.trainer import Trainer
 
 # %% ../../nbs/coresets/63_signals.ipynb #76c0336f

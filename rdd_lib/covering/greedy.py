@@ -11,8 +11,8 @@ from math import inf
 import numpy as np
 import torch
 from torch import Tensor
+from .distances import never, Rows, Space
 from ..models import numbers
-from .distances import Rows, Space, never
 
 # %% ../../nbs/covering/13_greedy.ipynb #4a31c6f4
 def farthest_first(space: Space,

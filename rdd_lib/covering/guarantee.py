@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import check, check_number, check_whole
-from .distances import TIE, check_norm, never, space_of
 from .certificate import Cover
+from .distances import check_norm, never, space_of, TIE
 
 # %% ../../nbs/covering/18_guarantee.ipynb #b4bce5bf
 @dataclass(frozen=True)

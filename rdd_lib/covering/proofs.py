@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from .certificate import Leaf, Part
-from .distances import TIE, Rows, Space
-from .programs import MILP_CELLS, leaf_of, lp_bound, min_cover, number, priced, half_covered, whole_weights
+from .distances import Rows, Space, TIE
+from .programs import (half_covered, leaf_of, lp_bound, MILP_CELLS, min_cover, number, priced,
+                                       whole_weights)
 from .set_cover import Crew
 
 # %% ../../nbs/covering/16_proofs.ipynb #d46519fc

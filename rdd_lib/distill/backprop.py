@@ -6,16 +6,16 @@
 __all__ = ['FIRST_RATE', 'walk_of', 'BackpropThroughTraining']
 
 # %% ../../nbs/distill/75_backprop.ipynb #8f41dc26
-from dataclasses import dataclass
 import math
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..compressor import method
 from ..core import check, check_whole, drawn, lookup
-from ..models import sent
 from .synthetic import Distiller
-from ..training.unrolled import UNROLLED, flatten, functional, share_of_loss, summed, unroll
+from ..models import sent
+from ..training.unrolled import flatten, functional, share_of_loss, summed, unroll, UNROLLED
 
 # %% ../../nbs/distill/75_backprop.ipynb #bb88e40f
 def walk_of(y: Tensor,       # (M,) labels, class after class

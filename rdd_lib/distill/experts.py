@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..augmentation import DSA
-from ..core import check, check_whole, describe, digest, progress, subseed
-from ..models import sent
-from ..files import in_cache, kept, opened, write_tensors
+from ..core import check, check_whole, describe, digest, flat, progress, subseed
 from ..data import ImageSet
-from ..training.unrolled import flatten
+from ..files import in_cache, kept, opened, write_tensors
+from ..models import sent
 from ..training.objectives import Standard
 from ..training.trainer import Trainer
+from ..training.unrolled import flatten
 
 # %% ../../nbs/distill/73_experts.ipynb #04a102be
 class _Path:
@@ -41,16 +41,9 @@ class _Path:
         if step % self.steps == 0: self.rows.append((self.smooth if self.ema else flatten(model)).cpu().clone())
 
 # %% ../../nbs/distill/73_experts.ipynb #4f1a59dc
-def _flat(o, name=""):
-    "Nested plain data as {dotted name: value}."
-    if not isinstance(o, dict): return {name: o}
-    out = {}
-    for key, part in o.items(): out |= _flat(part, f"{name}.{key}" if name else key)
-    return out
-
 def differences(there: dict, here: dict) -> list[str]:
     "What two nested descriptions disagree on, one sentence each, the outermost first."
-    a, b = _flat(there), _flat(here)
+    a, b = flat(there), flat(here)
     differ = sorted((k for k in a | b if a.get(k) != b.get(k)), key=lambda k: (k.count("."), k))
     return [f"{k} is {a.get(k, 'not set')!r} there and {b.get(k, 'not set')!r} here" for k in differ]
 

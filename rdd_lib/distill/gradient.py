@@ -13,8 +13,8 @@ from torch import Tensor
 from ..augmentation import DSA, Siamese
 from ..compressor import method
 from ..core import check, check_whole, drawn, generator_of
-from ..models import sent
 from .synthetic import ClassMatching
+from ..models import sent
 from ..training.objectives import Standard, trait
 from ..training.trainer import batch_sizes
 

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, nn
 from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressor import Compressor
-from ..published import load_compressed
 from ..core import (check, check_number, check_whole, describe, device_of, digest, generator_of, lookup,
                           progress, subseed)
-from ..models import numbers, one_look
-from ..models import keep_heap, sent
-from ..files import Checkpoint
 from ..data import ImageSet, pixels
-from ..models import Net, onto, takes_one
+from ..files import Checkpoint
+from ..models import check_precision, in_precision, keep_heap, Net, numbers, one_look, onto, sent, takes_one
+from ..published import load_compressed
 from ..training.objectives import depends_on_mode
-from ..models import check_precision, in_precision
 
 # %% ../../nbs/distill/70_synthetic.ipynb #b13650c7
 def first_images(data: ImageSet,

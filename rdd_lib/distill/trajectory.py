@@ -13,12 +13,11 @@ from torch import Tensor
 from ..augmentation import Siamese
 from ..compressor import method
 from ..core import check, check_whole, lookup
-from ..models import sent
 from .experts import Experts
 from .synthetic import Distiller
-from ..training.unrolled import UNROLLED, functional, share_of_loss, unroll
-from ..models import Net
+from ..models import Net, sent
 from ..training.trainer import batch_sizes
+from ..training.unrolled import functional, share_of_loss, unroll, UNROLLED
 
 # %% ../../nbs/distill/74_trajectory.ipynb #aa705932
 def gap(end: Tensor,      # (P,) where the student is

@@ -13,15 +13,15 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..attacks.autoattack import AutoAttack
+from ..attacks.losses import check_answer, margin, slope
+from ..attacks.pgd import APGD, PGD
+from ..attacks.square import Square
+from ..attacks.threats import Linf, spread, Threat
+from ..attacks.until_broken import attack_until_broken
 from ..core import check, check_whole, generator_of, subseed
 from ..data import sample
 from ..models import eval_mode
-from ..attacks.autoattack import AutoAttack
-from ..attacks.pgd import APGD, PGD
-from ..attacks.until_broken import attack_until_broken
-from ..attacks.losses import check_answer, margin, slope
-from ..attacks.square import Square
-from ..attacks.threats import Linf, Threat, spread
 from ..training.trainer import predict
 
 # %% ../../nbs/evaluation/52_checks.ipynb #53e82722

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core import RddError, check, describe, device_of, lookup, progress, subseed
-from ..models import batch_of, seeded
-from ..data import ImageSet
-from ..intervals import wilson
 from ..attacks.autoattack import attack_of
-from ..attacks.walk import Attack
 from ..attacks.losses import check_logits
-from ..attacks.threats import THREATS, Threat
-from .checks import CHECKS, Case, Effort, Limits, Skipped
+from ..attacks.threats import Threat, THREATS
+from ..attacks.walk import Attack
+from ..core import check, describe, device_of, lookup, progress, RddError, subseed
+from ..data import ImageSet
+from .checks import Case, CHECKS, Effort, Limits, Skipped
 from .outcome import evaluate
+from ..intervals import wilson
+from ..models import batch_of, seeded
 
 # %% ../../nbs/evaluation/53_diagnostics.ipynb #8a7cff0a
 @dataclass(frozen=True)

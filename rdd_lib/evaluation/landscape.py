@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check, check_number, check_whole, generator_of, progress
-from ..models import one_look
-from ..models import eval_mode
 from ..attacks.losses import check_answer, check_batch, check_logits, slope
 from ..attacks.threats import spread
+from ..core import check, check_number, check_whole, generator_of, progress
+from ..models import eval_mode, one_look
 from ..training.curvature import unit
 
 # %% ../../nbs/evaluation/54_landscape.ipynb #4f742531

@@ -11,22 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..models import batch_of
-from ..core import check, check_one_of, device_of, subseed
-from ..models import one_look
-from ..data import ImageSet
-from ..models import check_classes
-from ..files import save_table
-from ..models import Net, Normalized, eval_mode
 from ..attacks.autoattack import autoattack
-from ..attacks.pgd import PGD
-from ..attacks.walk import Attack
-from ..attacks.until_broken import attack_until_broken
 from ..attacks.losses import check_logits, margin
+from ..attacks.pgd import PGD
 from ..attacks.threats import Threat
+from ..attacks.until_broken import attack_until_broken
+from ..attacks.walk import Attack
 from ..certificates.certificate import PerImage
+from ..core import check, check_one_of, device_of, subseed
+from ..data import ImageSet
+from ..files import save_table
+from ..models import batch_of, check_classes, eval_mode, Net, Normalized, one_look
 from ..training.objectives import Adversarial, Standard
-from ..training.trainer import Trainer, predict
+from ..training.trainer import predict, Trainer
 
 # %% ../../nbs/evaluation/50_outcome.ipynb #c85d38a0
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..core import RddError, check, device_of, generator_of, lookup, progress, subseed
-from ..models import batch_of
-from ..files import save_table
-from ..models import eval_mode
 from ..attacks.autoattack import autoattack
 from ..attacks.pgd import PGD
-from ..attacks.walk import Attack
-from ..attacks.until_broken import attack_until_broken
 from ..attacks.threats import Threat
-from ..certificates.certificate import PerImage, certify, images_and_labels
+from ..attacks.until_broken import attack_until_broken
+from ..attacks.walk import Attack
+from ..certificates.certificate import certify, images_and_labels, PerImage
 from ..certificates.smoothing import Smoothed, SoftVote
+from ..core import check, device_of, generator_of, lookup, progress, RddError, subseed
+from ..files import save_table
+from ..models import batch_of, eval_mode
 
 # %% ../../nbs/evaluation/55_sandwich.ipynb #260de178
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,20 +12,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 import numpy as np
 from torch import Tensor
-from ..attacks.walk import ATTACKS
 from ..attacks.autoattack import attack_of
 from ..attacks.pgd import PGD
 from ..attacks.threats import Linf, Threat
-from ..compressor import Compressor
-from ..published import load_compressed
+from ..attacks.walk import ATTACKS
 from ..compressed import save
+from ..compressor import Compressor
 from ..core import check, check_whole, describe, digest, lookup
 from ..data import ImageSet, load, sample
-from ..models import check_classes
 from ..distill.synthetic import Distiller
 from ..evaluation.outcome import evaluate
-from ..files import in_cache, kept, recalled, unasked
-from ..models import Net
+from ..files import kept, remembered
+from ..models import check_classes, Net
+from ..published import load_compressed
 from .store import cell
 from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer
@@ -47,15 +46,12 @@ def compressed(data_name: str,
     if method is None: return data
     key = digest([describe(method), data.fingerprint, ipc, seed], 24)
     path = kept("compressed") / f"{data_name}-{type(method).__name__}-{key}.safetensors"
-    found = recalled(path, load_compressed, "the compressed set")
-    if found is not None: return found
-    path, run = in_cache(path, "the compressed set"), {}
-    if path and isinstance(method, Distiller):                              # a killed run goes on where it was
-        run["checkpoint"] = path.with_name(path.name + ".checkpoint")
-    made = method.compress(data, ipc=ipc, seed=seed, device=device, **run)
-    with unasked("the compressed set"):
-        if path: save(made, path)
-    return made
+
+    def make(path):
+        resumes = path and isinstance(method, Distiller)                    # a killed run goes on where it was
+        run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if resumes else {}
+        return method.compress(data, ipc=ipc, seed=seed, device=device, **run)
+    return remembered(path, "the compressed set", load_compressed, make, save)
 
 # %% ../../nbs/reproduce/83_cells.ipynb #bd95263f
 @cell("rdd_lib.reproduce.condensed.made")

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import BrokenExecutor, Executor, Future
 from itertools import product as _combinations
 import torch
-from ..core import RddError, Unwritable, describe, lookup, progress as bar_over
+from ..core import RddError, Unwritable, describe, flat, lookup, progress as bar_over
 from .executors import as_done, pool_for
 from .store import CellKey, CellStore, device_used
 
@@ -21,20 +21,10 @@ def product(**axes) -> list[dict]:       # one dict per combination, the last ax
     return [dict(zip(axes, combination, strict=True)) for combination in _combinations(*values)]
 
 # %% ../../nbs/reproduce/82_grid.ipynb #9fcb9a55
-def _flat(values, prefix=""):
-    "One level of names: {'a': {'b': 1}} becomes {'a.b': 1}; a described dataclass leaves its class under its own name."
-    out = {}
-    for name, v in values.items():
-        if not isinstance(v, dict): out[prefix + name] = v
-        else:
-            if "is" in v: out[prefix + name] = v["is"]
-            out |= _flat({k: w for k, w in v.items() if k != "is"}, f"{prefix}{name}.")
-    return out
-
 def _row(cell, result):
     "Arguments and result side by side; a result that has an argument's name is called `result.<name>`."
-    arguments = _flat({k: v if isinstance(v, float) else describe(v) for k, v in cell.items()})
-    result = _flat(result) if isinstance(result, dict) else {"result": result}
+    arguments = flat({k: v if isinstance(v, float) else describe(v) for k, v in cell.items()})
+    result = flat(result) if isinstance(result, dict) else {"result": result}
     return arguments | {f"result.{k}" if k in arguments else k: v for k, v in result.items()}
 
 # %% ../../nbs/reproduce/82_grid.ipynb #315eb87e

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from ..attacks.autoattack import autoattack
 from ..attacks.pgd import APGD, PGD
-from ..attacks.walk import Attack
 from ..attacks.square import Square
 from ..attacks.threats import L2, Linf
+from ..attacks.walk import Attack
 from ..compressor import Compressor, find_method
 from ..core import check, check_whole, device_of, lookup
 from ..data import ImageSet, sample
@@ -24,12 +24,12 @@ from ..distill.gradient import GradientMatching
 from ..evaluation.comparison import compare
 from ..evaluation.landscape import curvature_of, plain_loss
 from ..evaluation.outcome import evaluate
-from ..models import STATS, Net
-from .cells import READINGS, compressed, dataset, judged, set_and_test, students, survivors
+from ..models import Net, STATS
+from .cells import compressed, dataset, judged, READINGS, set_and_test, students, survivors
 from .store import cell
 from .tables import standings
 from ..training.objectives import Adversarial
-from ..training.trainer import Trainer, predict
+from ..training.trainer import predict, Trainer
 
 # %% ../../nbs/reproduce/89_guard.ipynb #22b63e29
 SETTINGS = {"mnist": {"linf*": (Linf(.3), .1), "linf": (Linf(.1), .03), "l2": (L2(1.), .3)},

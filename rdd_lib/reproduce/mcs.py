@@ -25,10 +25,9 @@ from ..coresets.submodular import Craig, Submodular
 from ..distill.distribution import DistributionMatching
 from ..distill.experts import Experts
 from ..distill.gradient import GradientMatching
-from ..distill.trajectory import TrajectoryMatching
-from ..distill.trajectory import paper_settings
-from ..models import STATS, Net
-from .cells import READINGS, Protocol, Row, dataset, judged, set_and_test, students
+from ..distill.trajectory import paper_settings, TrajectoryMatching
+from ..models import Net, STATS
+from .cells import dataset, judged, Protocol, READINGS, Row, set_and_test, students
 from .store import cell
 from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer

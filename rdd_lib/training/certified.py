@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check, check_number, check_whole, generator_of
-from ..attacks.threats import L2, Linf, Threat, drawn_like
+from ..attacks.threats import drawn_like, L2, Linf, Threat
 from ..certificates.bounds import lower_bounds, margin_rows, propagate, region, steps_of
-from .objectives import OBJECTIVES, Moved, Objective, Standard, hard
+from ..core import check, check_number, check_whole, generator_of
+from .objectives import hard, Moved, Objective, OBJECTIVES, Standard
 
 # %% ../../nbs/training/46_certified.ipynb #4659459c
 @OBJECTIVES.add("certified")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check_number, lookup
-from .objectives import OBJECTIVES, Objective, needs_second_look, searching, weighted_mean
 from ..attacks.threats import spread
+from ..core import check_number, lookup
+from .objectives import needs_second_look, Objective, OBJECTIVES, searching, weighted_mean
 
 # %% ../../nbs/training/43_curvature.ipynb #cc63dc7b
 def unit(g: Tensor,    # (B, ...)

@@ -9,10 +9,10 @@ __all__ = ['fast', 'Free', 'FreeSession']
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ..core import BadArgument, check, check_number, check_whole
 from ..attacks.pgd import PGD
-from .objectives import OBJECTIVES, Adversarial, Objective, Standard
-from ..attacks.threats import L2, Linf, Threat, spread
+from ..attacks.threats import L2, Linf, spread, Threat
+from ..core import BadArgument, check, check_number, check_whole
+from .objectives import Adversarial, Objective, OBJECTIVES, Standard
 
 # %% ../../nbs/training/45_fast.ipynb #badfa64e
 def fast(threat: Threat,

@@ -8,10 +8,10 @@ __all__ = ['GradientPenalty']
 # %% ../../nbs/training/44_input_gradient.ipynb #298226cd
 from dataclasses import dataclass
 import torch
-from ..core import check_number, check_one_of
 from ..attacks.threats import L2
+from ..core import check_number, check_one_of
 from .curvature import clean_and_probed, input_gradient, losses_at, unit
-from .objectives import OBJECTIVES, Objective, searching
+from .objectives import Objective, OBJECTIVES, searching
 
 # %% ../../nbs/training/44_input_gradient.ipynb #81620570
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check, check_number
 from ..attacks.pgd import PGD
-from .objectives import OBJECTIVES, Objective, searching
+from ..core import check, check_number
+from .objectives import Objective, OBJECTIVES, searching
 from .trades import divergence
 
 # %% ../../nbs/training/42_mart.ipynb #39daabdc

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import Registry, check, check_number, check_one_of, with_settings
 from ..attacks.pgd import PGD
 from ..attacks.threats import Threat
+from ..core import check, check_number, check_one_of, Registry, with_settings
 from ..models import eval_mode
 
 # %% ../../nbs/training/40_objectives.ipynb #d8a4fcc0

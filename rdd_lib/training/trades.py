@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check_number, check_whole, generator_of
 from ..attacks.losses import slope
-from .objectives import OBJECTIVES, Objective, needs_second_look, searching
 from ..attacks.threats import Threat
+from ..core import check_number, check_whole, generator_of
+from .objectives import needs_second_look, Objective, OBJECTIVES, searching
 
 # %% ../../nbs/training/41_trades.ipynb #aed3eca9
 def divergence(p: Tensor,     # (B, K) logits

@@ -10,15 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from ..attacks.losses import check_answer
+from ..augmentation import OPERATIONS, Scale, Siamese
 from ..core import (check, check_number, check_one_of, check_whole, device_of, generator_of, lookup, progress,
                           subseed)
-from ..models import one_look
-from ..models import keep_heap, sent
-from ..augmentation import OPERATIONS, Scale, Siamese
 from ..data import ImageSet, pixels
-from ..models import Net, check_precision, in_precision, takes_one
-from ..attacks.losses import check_answer
-from .objectives import Standard, session_of, trait
+from ..models import check_precision, in_precision, keep_heap, Net, one_look, sent, takes_one
+from .objectives import session_of, Standard, trait
 
 # %% ../../nbs/training/47_trainer.ipynb #d8f11241
 def batch_sizes(n: int,        # how many samples there are
