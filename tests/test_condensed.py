@@ -25,13 +25,14 @@ from rdd_lib.training.trainer import Trainer
 SMALL = Condensed(Net("mlp", dict(width=16)), Trainer(steps=20, lr=.1), three_attacks("mnist5k"), n_test=60)
 CELL = dict(data="mnist5k", method=Random(), ipc=5, seed=0, protocol=SMALL, device="cpu")
 
-# --- published numbers ------------------------------------------------------------------------------------------------------------
+# --- published numbers ------------------------------------------------------------------------------------------------
 
 def test_tables_of_the_early_paper_are_complete():
     df = published("guard_early")
     one, two = (df[df["item"] == f"table{k}"] for k in (1, 2))
     assert len(one) == 5 * 2 * 2 and set(one.method) == {"DD", "DC", "MTT", "DiM", "FRePo"} and (one.ipc == 10).all()
-    assert len(two) == 7 * 2 * 2 * 3 - 2 * 3 and not two.duplicated(["method", "dataset", "ipc", "score"]).any()        # DD has no row for 1 image per class
+    assert len(two) == 7 * 2 * 2 * 3 - 2 * 3                        # DD has no row for 1 image per class
+    assert not two.duplicated(["method", "dataset", "ipc", "score"]).any()
     assert two[two.ipc == 1].method.nunique() == 6 and set(two.score) == {"linf*", "linf", "l2"}
     for t in (one, two): assert t["mean"].between(0, 100).all() and t["sd"].notna().all() and (t["n"] == 50).all()
 
@@ -42,7 +43,8 @@ def test_what_stands_in_both_tables_is_the_same():
 
 def test_what_the_text_says_of_guard_follows_from_the_table_to_a_tenth():
     df = published("guard_early")
-    t = df[(df["item"] == "table2") & (df.dataset == "cifar10") & (df.ipc == 10)].pivot(index="score", columns="method", values="mean")
+    shown = df[(df["item"] == "table2") & (df.dataset == "cifar10") & (df.ipc == 10)]
+    t = shown.pivot(index="score", columns="method", values="mean")
     gains = df[df["item"] == "text"].assign(score=lambda d: d.score.str.split(",").str[0]).set_index("score")["mean"]
     assert ((t.GUARD - t.drop(columns="GUARD").max(axis=1)).sub(gains).abs() < .11).all() and len(gains) == 3
 
@@ -50,12 +52,15 @@ def test_mat_has_published_nothing():
     assert published("mat").empty and "ipc" in published("mat")
 
 @pytest.mark.parametrize("method, dataset, ipc, score, mean, sd", [
-    ("GUARD", "cifar10", 10, "linf", 23.5, .4), ("DD", "mnist", 10, "l2", 52.1, 2.6), ("FRePo", "cifar10", 1, "linf", 7.6, .8), ("MTT", "mnist", 1, "linf*", 0, 0), ("DSA", "cifar10", 1, "linf*", 3.1, .5)])
+    ("GUARD", "cifar10", 10, "linf", 23.5, .4), ("DD", "mnist", 10, "l2", 52.1, 2.6),
+    ("FRePo", "cifar10", 1, "linf", 7.6, .8), ("MTT", "mnist", 1, "linf*", 0, 0),
+    ("DSA", "cifar10", 1, "linf*", 3.1, .5)])
 def test_numbers_of_table_2(method, dataset, ipc, score, mean, sd):
-    df = published("guard_early").query("item == 'table2' and method == @method and dataset == @dataset and ipc == @ipc and score == @score")
+    df = published("guard_early").query("item == 'table2' and method == @method and dataset == @dataset "
+                                        "and ipc == @ipc and score == @score")
     assert df[["mean", "sd"]].to_numpy().tolist() == [[mean, sd]]
 
-# --- the cell ---------------------------------------------------------------------------------------------------------------------
+# --- the cell ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 1000])
 def test_bits_come_back(n):
@@ -70,7 +75,8 @@ def test_a_cell_says_what_evaluate_says():
     model = SMALL.trainer(SMALL.net, S, 0, "cpu")
     for name, attack in SMALL.attacks.items():
         o = evaluate(model, test, attack, 0, "cpu")
-        assert found[name] == o.rob and found[f"{name}_hits"] == int(o.survived.sum()) and (unpacked(found[f"{name}_bits"], 60) == o.survived.numpy()).all()
+        assert found[name] == o.rob and found[f"{name}_hits"] == int(o.survived.sum())
+        assert (unpacked(found[f"{name}_bits"], 60) == o.survived.numpy()).all()
     assert found["clean"] == o.std and found["test_images"] == test.fingerprint and found["images"] == 50
 
 def test_an_attack_does_not_depend_on_those_beside_it():
@@ -85,29 +91,36 @@ def test_survivors_of_any_attack_are_right_on_the_clean_image():
 def test_adversarial_students_survive_more_and_take_longer():
     attack = PGD(Linf(.1), 10, .03)
     protocol = replace(SMALL, trainer=replace(SMALL.trainer, steps=60))
-    plain, hard = robustness(**CELL | {"protocol": protocol}), robustness(**CELL | {"protocol": hardened(protocol, attack)})
+    plain = robustness(**CELL | {"protocol": protocol})
+    hard = robustness(**CELL | {"protocol": hardened(protocol, attack)})
     assert hard["linf_hits"] > plain["linf_hits"] and hard["train_seconds"] > 0
 
 def test_the_student_gets_the_augmentation_of_its_set():
     from rdd_lib.augmentation import DSA
     from rdd_lib.distill.distribution import DistributionMatching
     dm = DistributionMatching()
-    assert student_trainer(SMALL, dm, "mnist").augment == DSA and student_trainer(replace(SMALL, augmented=False), dm, "mnist") == student_trainer(SMALL, Random(), "mnist") == SMALL.trainer
+    plain = replace(SMALL, augmented=False)
+    assert student_trainer(SMALL, dm, "mnist").augment == DSA
+    assert student_trainer(plain, dm, "mnist") == student_trainer(SMALL, Random(), "mnist") == SMALL.trainer
     dc = find_method("dc").build("mnist", 1)
-    assert student_trainer(SMALL, dc, "mnist5k").augment == "crop_scale_rotate" and student_trainer(SMALL, dc, "cifar10").augment == ""
+    assert student_trainer(SMALL, dc, "mnist5k").augment == "crop_scale_rotate"
+    assert student_trainer(SMALL, dc, "cifar10").augment == ""
 
 def test_other_images_are_not_compared():
     a, b = robustness(**CELL), robustness(**CELL | {"protocol": replace(SMALL, n_test=50)})
     with pytest.raises(BadArgument, match="2 different sets"): survivors([a, b], "linf")
-    with pytest.raises(BadArgument, match="same images"): compare({"a": survivors([a], "linf"), "b": survivors([b], "linf")})
+    with pytest.raises(BadArgument, match="same images"):
+        compare({"a": survivors([a], "linf"), "b": survivors([b], "linf")})
 
-# --- the table --------------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 def test_cells_share_their_sets_and_names_are_checked():
     cells = [c for _, c in condensed_cells("smoke", "mnist5k", ["DM"], (1, 2), seeds=3, device="cpu")]
-    assert len(cells) == 6 and len(sets_of(cells)) == 2 and {c["method"].net.settings["width"] for c in cells} == {8}
+    assert len(cells) == 6 and len(sets_of(cells)) == 2
+    assert {c["method"].net.settings["width"] for c in cells} == {8}
     with pytest.raises(UnknownName, match="condensation method"): condensed_cells("smoke", "mnist5k", ["FRePo"])
-    with pytest.raises(UnknownName, match="iteration"): condensed_cells("smoke", "mnist5k", ["DM"], settings={"DM": {"iteration": 3}})
+    with pytest.raises(UnknownName, match="iteration"):
+        condensed_cells("smoke", "mnist5k", ["DM"], settings={"DM": {"iteration": 3}})
 
 def test_a_set_is_made_once():
     cells = [CELL | {"seed": s} for s in (0, 1)]
@@ -119,24 +132,29 @@ def test_a_set_is_made_once():
 
 def test_scoreboard_keeps_what_was_not_run():
     cells = [("DM", CELL | {"seed": s}) for s in (0, 1)]
-    side = scoreboard(cells, [robustness(**c) for _, c in cells], published("guard_early").query("item == 'table2' and dataset == 'mnist'"), ["clean", *SMALL.attacks])
-    assert set(side[side.ours.isna()].note) == {"not run", "not yet"} and set(side[side.note == "not yet"].method) == {"FRePo"}
+    theirs = published("guard_early").query("item == 'table2' and dataset == 'mnist'")
+    side = scoreboard(cells, [robustness(**c) for _, c in cells], theirs, ["clean", *SMALL.attacks])
+    assert set(side[side.ours.isna()].note) == {"not run", "not yet"}
+    assert set(side[side.note == "not yet"].method) == {"FRePo"}
     assert len(side) == 6 * 3 + 7 * 3 + 4                      # the ipc of our students, 5, was not published
     ours = side[side.ours.notna()]
-    assert ours.score.tolist() == ["clean", "linf*", "linf", "l2"] and (ours.ours_lo <= ours.ours).all() and (ours.ours <= ours.ours_hi).all()
+    assert ours.score.tolist() == ["clean", "linf*", "linf", "l2"]
+    assert (ours.ours_lo <= ours.ours).all() and (ours.ours <= ours.ours_hi).all()
 
 def test_plans_name_methods_that_are_known():
     for plan in CONDENSED_PLANS.values(): assert set(plan.changes) <= {"", *CONDENSERS.values()}
     paper = CONDENSED_PLANS["paper"]
-    assert paper.seeds == 50 and paper.protocol.trainer.epochs == 1000 and not paper.changes and paper.protocol.n_test is None
+    assert paper.seeds == 50 and paper.protocol.trainer.epochs == 1000
+    assert not paper.changes and paper.protocol.n_test is None
 
 def test_the_papers_radii():
     mnist, cifar = three_attacks("mnist"), three_attacks("cifar10")
     assert [(a.threat.eps, a.step_size, a.steps) for a in mnist.values()] == [(.3, .1, 10), (.1, .03, 10), (1., .3, 10)]
     assert [(a.threat.eps, a.step_size) for a in cifar.values()] == [(8 / 255, 2 / 255), (2 / 255, .5 / 255), (.2, .05)]
-    assert more_attacks("cifar10")["square"].queries == 5000 and all(a.threat == cifar["linf"].threat for a in more_attacks("cifar10").values())
+    more = more_attacks("cifar10")
+    assert more["square"].queries == 5000 and all(a.threat == cifar["linf"].threat for a in more.values())
 
-# --- Proposition 1 ----------------------------------------------------------------------------------------------------------------
+# --- Proposition 1 ----------------------------------------------------------------------------------------------------
 
 class Bowl(torch.nn.Module):
     "Its loss is log(1 + exp(k (|x|^2 - 1))) for label 0: convex in x."

@@ -55,8 +55,8 @@ def test_bytes_are_exact(n, m, d, seed, norm):
 @pytest.mark.parametrize("offset", (0, 50, 1e4))
 def test_floats_are_close(norm, offset):
     x = torch.rand(40, 300, generator=generator_of(0), dtype=torch.float64) + offset
-    x[1] = x[0]
-    x[2] = x[0]; x[2, 0] += 1e-5
+    x[1:3] = x[0]
+    x[2, 0] += 1e-5
     d, direct = D.distances(x, x, norm), torch.linalg.vector_norm(x[:, None] - x, norm, dim=2)
     assert torch.allclose(d, direct, rtol=1e-9, atol=0)
     assert d[0, 1] == 0 and not d.diagonal().any()
@@ -98,18 +98,18 @@ def test_fewest_balls(seed):
     space = D.space_of(x, norm=norm)
     every = space.distance(torch.from_numpy(np.unique(D.full(space)))).tolist()
     for eta in {every[0], every[len(every) // 2], every[-1], every[len(every) // 2] * 1.01}:
-        c = S.eta_mcs(x, eta, norm=norm); c.check(x)
+        c = S.eta_mcs(x, eta, norm=norm).check(x)
         assert (len(c), c.lower_bound, c.optimal) == (best_size(space, eta),) * 2 + (True,)
         assert c.radius <= eta * (1 + 1e-9) and c.weights("assigned").sum() == len(x) <= c.weights("ball").sum()
 
 
 @pytest.mark.parametrize("seed", many(20))
 def test_fewest_balls_label_by_label(seed):
-    x = points(seed, n=9); y = torch.arange(9) % 3
+    x, y = points(seed, n=9), torch.arange(9) % 3
     y[8] = 7                                                                    # a class of one point
     middle = np.median(D.full(D.space_of(x)))
     eta = D.space_of(x).distance(int(middle) if x.dtype == torch.uint8 else float(middle)).item()
-    c = S.eta_mcs(x, eta, labels=y); c.check(x, y)
+    c = S.eta_mcs(x, eta, labels=y).check(x, y)
     assert len(c) == best_size(D.space_of(x, labels=y), eta) == sum(p.size for p in c.per_class) and c.optimal
     assert torch.equal(y[c.indices[c.assignment]], y)
 
@@ -127,10 +127,10 @@ def test_any_solver_and_any_limit_tell_the_truth(solver, time_limit):
     for seed in range(6):
         x = torch.rand(70, 2, generator=generator_of(seed, "limit"), dtype=torch.float64)
         exact = S.eta_mcs(x, .12)
-        c = S.eta_mcs(x, .12, solver=solver, time_limit=time_limit); c.check(x)
+        c = S.eta_mcs(x, .12, solver=solver, time_limit=time_limit).check(x)
         assert exact.optimal and c.lower_bound <= len(exact) <= len(c) and c.optimal == (c.lower_bound == len(c))
         best = K.k_mcs(x, 7)
-        c = K.k_mcs(x, 7, solver=solver, time_limit=time_limit); c.check(x)
+        c = K.k_mcs(x, 7, solver=solver, time_limit=time_limit).check(x)
         assert best.optimal and c.lower_bound <= best.radius * (1 + 1e-9) and best.radius <= c.radius * (1 + 1e-9)
         assert c.optimal == (c.lower_bound >= c.radius * (1 - 1e-9))
 
@@ -168,17 +168,18 @@ def test_smallest_radius(seed):
     x, norm = points(seed), NORMS[seed % 3]
     space = D.space_of(x, norm=norm)
     for k in (1, 2, len(x) - 1, len(x)):
-        c = K.k_mcs(x, k, norm=norm, seed=seed); c.check(x)
+        c = K.k_mcs(x, k, norm=norm, seed=seed).check(x)
         assert len(c) == k and c.optimal and close(c.radius, best_radius(space, k)) and close(c.lower_bound, c.radius)
     assert c.radius == 0
 
 
 @pytest.mark.parametrize("seed", many(40))
 def test_budgets(seed):
-    x = points(seed, n=8); y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])                    # the last class has one point
-    per, total = K.k_mcs(x, 1, labels=y), K.k_mcs(x, 4, labels=y, budget="total")
-    joint = K.k_mcs(x, 4, labels=y, budget="joint")
-    per.check(x, y); total.check(x, y); joint.check(x)
+    x = points(seed, n=8)
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])                                           # the last class has one point
+    per = K.k_mcs(x, 1, labels=y).check(x, y)
+    total = K.k_mcs(x, 4, labels=y, budget="total").check(x, y)
+    joint = K.k_mcs(x, 4, labels=y, budget="joint").check(x)
     assert close(per.radius, max(best_radius(D.space_of(x[y == c]), 1) for c in range(3)))
     assert close(total.radius, best_radius(D.space_of(x, labels=y), 4))
     assert close(joint.radius, best_radius(D.space_of(x), 4))
@@ -192,12 +193,13 @@ def test_budgets(seed):
 def test_matrices_need_no_triangle_inequality(seed):
     g = generator_of(seed, "matrix")
     d = torch.randint(1, 9, (7, 7), generator=g)
-    d = torch.triu(d, 1); d = d + d.T
+    d = torch.triu(d, 1)
+    d = d + d.T
     if seed % 2: d = d.double() / 10
     if seed % 5 == 0: d = d.double().masked_fill(d >= d.max(), inf)                      # no way between some
     space = D.space_of(distances=d)
     for k in (1, 2, 3):
-        c = K.k_mcs(distances=d, k=k); c.check(distances=d)
+        c = K.k_mcs(distances=d, k=k).check(distances=d)
         assert c.optimal and close(c.radius, best_radius(space, k))
     eta = d[d > 0].min().item()
     assert len(S.eta_mcs(distances=d, eta=eta)) == best_size(space, eta)
@@ -212,7 +214,8 @@ def test_many_points_look_at_few_balls(monkeypatch, labelled):
         y = torch.arange(60) % 2 if labelled else None
         best = K.k_mcs(x, 6, labels=y, budget="total")
         with monkeypatch.context() as m:
-            m.setattr(K, "WIDE", 9); m.setattr(D, "FEW", 3)
+            m.setattr(K, "WIDE", 9)
+            m.setattr(D, "FEW", 3)
             c = K.k_mcs(x, 6, labels=y, budget="total", solver="lp")
         c.check(x, y)
         assert best.optimal and c.lower_bound <= best.radius + 1e-9 and best.radius <= c.radius + 1e-9 and len(c) == 6
@@ -256,7 +259,7 @@ def test_an_error_in_a_class_is_not_swallowed(monkeypatch):
 
 def test_more_classes_than_cores():
     x, y = torch.rand(240, 2, generator=generator_of(9), dtype=torch.float64), torch.arange(240) % 24
-    c = K.k_mcs(x, 2, labels=y); c.check(x, y)
+    c = K.k_mcs(x, 2, labels=y).check(x, y)
     assert c.optimal and len(c) == 48 and all(p.optimal for p in c.per_class)
 
 
@@ -307,9 +310,12 @@ def test_a_tampered_certificate_is_refused(seed):
 
 
 def test_input_is_left_alone():
-    x = points(0, n=30, kind=0); before = x.clone()
-    K.k_mcs(x, 3); S.eta_mcs(x, .2)
-    d = D.distances(x, x); keep = d.clone()
+    x = points(0, n=30, kind=0)
+    before = x.clone()
+    K.k_mcs(x, 3)
+    S.eta_mcs(x, .2)
+    d = D.distances(x, x)
+    keep = d.clone()
     K.k_mcs(distances=d, k=3)
     assert torch.equal(x, before) and torch.equal(d, keep)
 

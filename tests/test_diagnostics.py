@@ -334,7 +334,8 @@ def test_a_sweep_starts_at_clean_accuracy(threat, nets, digits):
 def test_a_sweep_row_is_an_evaluation(nets, digits):
     t = eps_sweep(nets["usual"], digits, "linf", [.1], "pgd", seed=4, device="cpu")
     assert t.rob[1] == evaluate(nets["usual"], digits, PGD(Linf(.1)), seed=4, device="cpu").rob
-    import matplotlib; matplotlib.use("Agg")
+    import matplotlib
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots()
     draw_sweep(t, ax, "usual")
@@ -387,7 +388,8 @@ def test_a_surface_is_the_loss_where_it_says(nets, digits):
 
 @pytest.mark.parametrize("projection", [None, "3d"])
 def test_a_surface_is_drawn(projection, nets, digits):
-    import matplotlib; matplotlib.use("Agg")
+    import matplotlib
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(subplot_kw={"projection": projection})
     draw_surface(loss_surface(nets["usual"], digits.images()[:1], digits.y[:1], 3., n=5, signs=False), ax)

@@ -1,4 +1,5 @@
-"""What is on disk while a result is not safe: checkpoints that stay until it is written, and a cache that cannot be written and stops nobody."""
+"""What is on disk while a result is not safe: checkpoints that stay until it is written, and a cache that cannot be
+written and stops nobody."""
 import os
 import warnings
 from dataclasses import dataclass
@@ -56,12 +57,13 @@ def full(monkeypatch):
 
 
 def rdd(line, folder):
-    old = os.getcwd(); os.chdir(folder)
+    old = os.getcwd()
+    os.chdir(folder)
     try: return CliRunner().invoke(cli.app, line.split())
     finally: os.chdir(old)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 def test_a_checkpoint_stays_until_the_set_is_written(digits, tmp_path):
     path, whole = tmp_path / "run", DM.compress(digits, ipc=1, device="cpu")
     made = DM.compress(digits, ipc=1, device="cpu", checkpoint=path, every=1)
@@ -77,7 +79,9 @@ def test_a_checkpoint_stays_until_the_set_is_written(digits, tmp_path):
 def test_compress_keeps_its_checkpoint_when_the_disk_is_full(tmp_path, monkeypatch, full):
     from rdd_lib.distill import synthetic
     keep = synthetic._Keeper.keep
-    def at_once(self, done): self.every = 1; keep(self, done)
+    def at_once(self, done):
+        self.every = 1
+        keep(self, done)
     monkeypatch.setattr(synthetic._Keeper, "keep", at_once)
     line = "compress dm mnist5k --ipc 1 --set iterations=2 --set batch_real=4 --set net.name=mlp --device cpu -o x"
     assert isinstance(rdd(line, tmp_path).exception, Unwritable)
@@ -106,7 +110,8 @@ def test_an_evaluation_stays_until_it_is_saved(digits, tmp_path):
     first = evaluate(model, digits, PGD(Linf(.2)), device="cpu", checkpoint=path)
     asked.clear()
     again = evaluate(model, digits, PGD(Linf(.2)), device="cpu", checkpoint=path)
-    assert len(asked) == 1 and torch.equal(again.by, first.by) and torch.equal(again.step, first.step) and again.forward_samples == first.forward_samples
+    assert len(asked) == 1 and torch.equal(again.by, first.by) and torch.equal(again.step, first.step)
+    assert again.forward_samples == first.forward_samples
     assert path.exists() and again.checkpoint == path
     again.save(tmp_path / "t.csv")
     assert not path.exists()
@@ -115,7 +120,8 @@ def test_an_evaluation_stays_until_it_is_saved(digits, tmp_path):
 @pytest.mark.parametrize("run", [
     lambda digits, path: DM.compress(digits, ipc=1, device="cpu", checkpoint=path, log=Refuses()),
     lambda digits, path: attack_until_broken(PGD(Linf(.1)), never, digits.images(), digits.y, checkpoint=path),
-    lambda digits, path: Smoothed(Never(), .3).certify(digits.images(), device="cpu", checkpoint=path)], ids=["distiller", "attack", "smoothing"])
+    lambda digits, path: Smoothed(Never(), .3).certify(digits.images(), device="cpu", checkpoint=path),
+    ], ids=["distiller", "attack", "smoothing"])
 def test_a_folder_as_checkpoint_is_refused_before_the_work(digits, tmp_path, run):
     (tmp_path / "folder").mkdir()
     with pytest.raises(Unwritable, match="folder': it is a folder$"): run(digits, tmp_path / "folder")
@@ -133,7 +139,7 @@ class Never(torch.nn.Module):
     def forward(self, x): never(x)
 
 
-# --- a cache that cannot be written --------------------------------------------------------------------------------------
+# --- a cache that cannot be written -----------------------------------------------------------------------------------
 def test_score_needs_no_cache(tmp_path, no_cache):
     save(Random().compress(load("mnist5k"), ipc=1, device="cpu"), tmp_path / "set.safetensors")
     with pytest.warns(RuntimeWarning, match="cannot be kept.*set RDD_STORE"):
@@ -143,14 +149,17 @@ def test_score_needs_no_cache(tmp_path, no_cache):
 
 def test_an_evaluation_needs_no_cache(digits, no_cache):
     model = SMALL(digits)
-    with pytest.warns(RuntimeWarning, match="the checkpoint of an evaluation cannot be kept: cannot write .*; set RDD_STORE"):
+    told = "the checkpoint of an evaluation cannot be kept: cannot write .*; set RDD_STORE"
+    with pytest.warns(RuntimeWarning, match=told):
         found = evaluate(model, digits, PGD(Linf(.2)), device="cpu", checkpoint=True)
     assert torch.equal(found.by, evaluate(model, digits, PGD(Linf(.2)), device="cpu").by)
 
 
 def test_an_evaluation_survives_a_cache_that_fills_up(digits, monkeypatch):
     model, tries = SMALL(digits), []
-    def fills(path): tries.append(path); raise Unwritable("cannot write it: No space left on device")
+    def fills(path):
+        tries.append(path)
+        raise Unwritable("cannot write it: No space left on device")
     monkeypatch.setattr("rdd_lib.attacks.pgd.atomic", fills)
     with pytest.warns(RuntimeWarning, match="No space left on device; set RDD_STORE"):
         evaluate(model, digits, PGD(Linf(.2)), device="cpu", checkpoint=True, every=0)
@@ -159,16 +168,19 @@ def test_an_evaluation_survives_a_cache_that_fills_up(digits, monkeypatch):
 
 def test_signals_need_no_cache(digits, no_cache):
     proxy = Proxy(SMALL, Trainer(steps=2))
-    with pytest.warns(RuntimeWarning, match="the signals cannot be kept.*set RDD_STORE"): found = signals(digits, proxy, device="cpu")
+    with pytest.warns(RuntimeWarning, match="the signals cannot be kept.*set RDD_STORE"):
+        found = signals(digits, proxy, device="cpu")
     assert torch.equal(found.logits, signals(digits, proxy, device="cpu", keep=False).logits)
 
 
 def test_experts_need_no_cache(digits, no_cache, tmp_path):
     experts = Experts(n=2, epochs=1, batch=30)
-    with pytest.warns(RuntimeWarning, match="the experts cannot be kept.*set RDD_STORE"): paths = experts(SMALL, digits, device="cpu")
+    with pytest.warns(RuntimeWarning, match="the experts cannot be kept.*set RDD_STORE"):
+        paths = experts(SMALL, digits, device="cpu")
     kept = experts(SMALL, digits, folder=tmp_path / "experts", device="cpu")
     assert all(torch.equal(paths.read(k, (0, 1)), kept.read(k, (0, 1))) for k in range(2))
-    with pytest.raises(Unwritable): experts(SMALL, digits, folder=tmp_path / "file" / "experts", device="cpu")      # asked for: refused
+    with pytest.raises(Unwritable):                                                         # asked for: refused
+        experts(SMALL, digits, folder=tmp_path / "file" / "experts", device="cpu")
     files = paths.files
     del paths
     assert not files[0].exists()
@@ -177,7 +189,8 @@ def test_experts_need_no_cache(digits, no_cache, tmp_path):
 @pytest.mark.parametrize("method", [Random(), DM])
 def test_a_compressed_set_needs_no_cache(digits, no_cache, monkeypatch, method):
     monkeypatch.setattr(protocol, "dataset", lambda name, split: digits)
-    with pytest.warns(RuntimeWarning, match="the compressed set cannot be kept.*set RDD_STORE") as said: made = protocol.compressed("mnist5k", method, 1, 0, "cpu")
+    with pytest.warns(RuntimeWarning, match="the compressed set cannot be kept.*set RDD_STORE") as said:
+        made = protocol.compressed("mnist5k", method, 1, 0, "cpu")
     assert len(said) == 1 and torch.equal(made.x, method.compress(digits, ipc=1, seed=0, device="cpu").x)
 
 
@@ -189,7 +202,8 @@ class Double:
 def test_cells_need_no_default_store(no_cache, tmp_path):
     with pytest.warns(RuntimeWarning, match="results cannot be kept.*set RDD_STORE"):
         assert [r["result"] for r in run_grid([dict(n=1), dict(n=2)], Double(), progress=False)] == [2, 4]
-    with pytest.raises(Unwritable): run_grid([dict(n=1)], Double(), CellStore(tmp_path / "file" / "mine"), progress=False)
+    with pytest.raises(Unwritable):
+        run_grid([dict(n=1)], Double(), CellStore(tmp_path / "file" / "mine"), progress=False)
 
 
 def test_a_cache_that_can_be_written_is_kept_without_a_word(digits, tmp_path):
@@ -199,4 +213,5 @@ def test_a_cache_that_can_be_written_is_kept_without_a_word(digits, tmp_path):
         signals(digits, Proxy(SMALL, Trainer(steps=2)), device="cpu")
         Experts(n=1, epochs=1, batch=30)(SMALL, digits, device="cpu")
         run_grid([dict(n=1)], Double(), progress=False)
-    assert sorted(os.listdir(tmp_path / "store")) == ["cells", "evaluations", "experts", "signals"] and not os.listdir(tmp_path / "store" / "evaluations")
+    assert sorted(os.listdir(tmp_path / "store")) == ["cells", "evaluations", "experts", "signals"]
+    assert not os.listdir(tmp_path / "store" / "evaluations")

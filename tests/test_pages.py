@@ -1,6 +1,7 @@
 """Every page of the papers runs to its end, at sizes that a test can afford, and its tables say what they should.
 
-One run goes the whole way, from the shell through a kernel; the others run in this process. `make test-all` runs them all at full smoke size."""
+One run goes the whole way, from the shell through a kernel; the others run in this process. `make test-all` runs them
+all at full smoke size."""
 import os
 import subprocess
 import sys
@@ -21,13 +22,21 @@ def stamps(folder, pattern="*"):
 def cells(pattern="*.json"): return stamps(Path(os.environ["RDD_STORE"]), pattern)
 
 
+def within(table, score):
+    "Whether every number lies in its interval."
+    return ((table[f"{score}_lo"] <= table[score]) & (table[score] <= table[f"{score}_hi"])).all()
+
+
 def test_from_the_shell_through_a_kernel_to_a_figure(tmp_path):
     "And with worker processes. Nothing is told on stderr, the kernel's end included."
     small = ("n_test=20", "steps=3", "ipcs=1, 2", "seeds=1", "methods=Rand", "workers=2")
     words = [RDD, "reproduce", "mcs/budget", *(w for s in small for w in ("--set", s))]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=os.environ | {"TQDM_DISABLE": "1"})
-    assert done.returncode == 0 and done.stderr == "" and "Rand" in done.stdout and "budget.ipynb" in done.stdout, done.stderr
-    assert {"budget.csv", "budget.ipynb", "budget_std.png"} <= {p.name for p in (tmp_path / "figures/smoke/mcs").iterdir()}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"TQDM_DISABLE": "1"})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "Rand" in done.stdout and "budget.ipynb" in done.stdout
+    made = {p.name for p in (tmp_path / "figures/smoke/mcs").iterdir()}
+    assert {"budget.csv", "budget.ipynb", "budget_std.png"} <= made
     assert len(cells("score-*.json")) == 2
 
 
@@ -45,7 +54,7 @@ def test_fig2_twice_is_the_same_and_takes_its_cells_from_the_store(page):
     first, before = (folder / "fig2.csv").read_bytes(), cells()
     table = pd.read_csv(folder / "fig2.csv")
     assert list(table.method) == ["Raw", "Rand 1", "MCS 1", "k-center 1"] and len(before) == 7
-    assert ((table.rob_lo <= table.rob) & (table.rob <= table.rob_hi)).all()
+    assert within(table, "rob")
     page("mcs/fig2", *small)
     assert (folder / "fig2.csv").read_bytes() == first and cells() == before
 
@@ -57,7 +66,7 @@ def test_table1_leaves_no_method_out(page):
     rand, k_center = (table[(table.dataset == "mnist") & (table.method == m)] for m in ("Rand", "k-center"))
     assert rand.score.tolist() == ["std", "rob", "rob (normalised)"] and rand.published.tolist() == [95.15, 92.5, 92.5]
     assert k_center.score.tolist() == ["std", "rob"] and (k_center.note == "not published").all()
-    for ours in (rand, k_center): assert ((ours.ours_lo <= ours.ours) & (ours.ours <= ours.ours_hi)).all()
+    assert within(rand, "ours") and within(k_center, "ours")
     assert "not yet" not in set(table.note) and (table[table.method == "TM"].note == "not run").all()
     assert (folder / "table1_mnist.png").exists()
 
@@ -66,16 +75,18 @@ def test_budget_has_a_curve_for_every_method(page):
     folder = page("mcs/budget", "n_test=20", "steps=3", "seeds=1", "ipcs=1,3", "methods=Rand,k-center")
     table = pd.read_csv(folder / "budget.csv")
     assert list(zip(table.method, table.ipc)) == [("Rand", 1), ("Rand", 3), ("k-center", 1), ("k-center", 3)]
-    assert ((table.std_lo <= table["std"]) & (table["std"] <= table.std_hi)).all() and {"budget_std.png", "budget_rob.png"} <= {p.name for p in folder.iterdir()}
+    assert within(table, "std")
+    assert {"budget_std.png", "budget_rob.png"} <= {p.name for p in folder.iterdir()}
 
 
 def test_curves_have_all_three_judges_for_all_three_ways_of_training(page):
     folder = page("mcs/fig3_to_10", "n_test=20", "seeds=1", "methods=Raw,Rand,MCS (l2)", "ipcs=10")
     table = pd.read_csv(folder / "fig3_to_10.csv")
     assert len(table) == 3 * (1 + 2) and set(table.trained) == {"standard", "linf", "l2"}
-    for judge in ("clean", "linf", "l2"): assert ((table[f"{judge}_lo"] <= table[judge]) & (table[judge] <= table[f"{judge}_hi"])).all()
+    for judge in ("clean", "linf", "l2"): assert within(table, judge)
     assert (table.clean >= table[["linf", "l2"]].max(axis=1)).all()              # an attack never helps
-    assert {f"fig{k}.png" for k in (3, 5, 7, 9)} <= {p.name for p in folder.iterdir()} and not (folder / "fig4.png").exists()
+    assert {f"fig{k}.png" for k in (3, 5, 7, 9)} <= {p.name for p in folder.iterdir()}
+    assert not (folder / "fig4.png").exists()
 
 
 def test_table3_takes_its_cells_from_the_curves(page):
@@ -108,16 +119,20 @@ TINY = ("n_test=10", "seeds=1", "iterations=2", "ipcs=1")
 OTHERS = {"mcs/algorithm1": (("patience=2",), ("algorithm1.csv", "algorithm1.png")),
           "mcs/example1": ((), ("example1.csv", "example1.png")),
           "mcs/guarantee": (("ks=1, 5",), ("guarantee.csv", "guarantee.png")),
-          "guard_early/attacks": ((*TINY, "methods=DC,DM"), ("attacks.csv", "attacks_tests.csv", "attacks_mnist_1.png")),
-          "guard_early/adversarial": ((*TINY, "methods=DC"), ("adversarial.csv", "adversarial_seconds.csv", "adversarial_making.csv")),
+          "guard_early/attacks": ((*TINY, "methods=DC,DM"),
+                                  ("attacks.csv", "attacks_tests.csv", "attacks_mnist_1.png")),
+          "guard_early/adversarial": ((*TINY, "methods=DC"),
+                                      ("adversarial.csv", "adversarial_seconds.csv", "adversarial_making.csv")),
           "guard_early/clean": (TINY, ("clean.csv", "clean_mnist_1.png")),
           "guard_early/fig1": (("iterations=2",), ("fig1.csv", "fig1.png", "fig1_way.png", "fig1_loss.png")),
           "guard_early/fig2": (("iterations=2", "methods=DC", "ipc=2", "epochs=1"), ("fig2.csv", "fig2_mnist_DC.png")),
           "guard_early/proposition1": (("steps=10", "seeds=1", "n_test=10", "methods=DM", "lams=1"),
                                        ("proposition1.csv", "proposition1_sigma.csv", "proposition1_mnist.png")),
-          "guard_early/strength": ((*TINY, "lams=1", "sets=1, 2"), ("strength.csv", "strength_test.csv", "strength.png", "strength_pairs.png")),
+          "guard_early/strength": ((*TINY, "lams=1", "sets=1, 2"),
+                                   ("strength.csv", "strength_test.csv", "strength.png", "strength_pairs.png")),
           "mat/main": (TINY, ("main.csv", "main_tests.csv", "main_mnist_1.png"))}
-ABOVE = {"mcs/fig1", "mcs/fig2", "mcs/table1", "mcs/table3", "mcs/budget", "mcs/fig3_to_10", "guard_early/table1", "guard_early/table2"}
+ABOVE = {"mcs/fig1", "mcs/fig2", "mcs/table1", "mcs/table3", "mcs/budget", "mcs/fig3_to_10",
+         "guard_early/table1", "guard_early/table2"}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -114,7 +114,7 @@ def test_large_sets_on_small_ones(monkeypatch, labelled):
         y = torch.arange(90) % 2 if labelled else None
         good = R.relaxed_mcs(x, 5, labels=y)
         with monkeypatch.context() as m:
-            m.setattr(R, "FULL", 20); m.setattr(R, "SAMPLE", 40); m.setattr(R, "TILE", 32)
+            for name, size in (("FULL", 20), ("SAMPLE", 40), ("TILE", 32)): m.setattr(R, name, size)
             r = R.relaxed_mcs(x, 5, labels=y).check(x, y)
             hurried = R.relaxed_mcs(x, 5, labels=y, time_limit=0).check(x, y)
         assert not r.swept and 0 < r.lower_bound <= good.value and good.lower_bound <= r.value <= 1.15 * good.value
@@ -128,7 +128,8 @@ def test_no_time_is_still_the_truth():
 
 
 def test_same_seed_same_choice_and_nothing_else_is_touched():
-    x = torch.rand(300, 4, generator=generator_of(6)); before, state = x.clone(), torch.get_rng_state()
+    x = torch.rand(300, 4, generator=generator_of(6))
+    before, state = x.clone(), torch.get_rng_state()
     a, b = (R.relaxed_mcs(x, 9, seed=3) for _ in range(2))
     assert torch.equal(a.indices, b.indices) and torch.equal(a.multipliers, b.multipliers)
     assert a.lower_bound == b.lower_bound

@@ -193,7 +193,8 @@ def test_smoothing_leaves_no_trace():
 
 
 def test_noisy_draws_from_its_generator():
-    data = load("mnist5k").subset(range(0, 4000, 400)); net, x, y = build("mlp", data), data.images(), data.y
+    data = load("mnist5k").subset(range(0, 4000, 400))
+    net, x, y = build("mlp", data), data.images(), data.y
     a, b = (Noisy(.3)(net, x, y, None, generator_of(s)) for s in (0, 1))
     assert a == Noisy(.3)(net, x, y, None, generator_of(0)) and a != b and Noisy(0.)(net, x, y) == Standard()(net, x, y)
     assert describe(Noisy(.3))["sigma"] == .3 and digest(Noisy(.3)) != digest(Noisy(.4))

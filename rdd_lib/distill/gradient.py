@@ -109,6 +109,6 @@ class GradientMatching(ClassMatching):
 # %% ../../nbs/distill/72_gradient.ipynb #15954193
 def dsa_settings(data, ipc): return {"augment": DSA, "init": "real"}     # a preset
 
-method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=dsa_settings,
-       says="DSA: gradient matching, real and synthetic images seen through the same random augmentation."
-      )(GradientMatching);
+_ = method("gradient_matching_augmented", "Zhao & Bilen, ICML 2021", alias="dsa", preset=dsa_settings,
+           says="DSA: gradient matching, real and synthetic images seen through the same random augmentation."
+          )(GradientMatching)

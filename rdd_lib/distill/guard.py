@@ -23,6 +23,6 @@ def _both(data, ipc): return dsa_settings(data, ipc) | _penalty(data, ipc)
 method("gradient_matching_curvature", "First version of Xue et al., arXiv 2403.10045, 2024", alias="guard",
        preset=_penalty, says="GUARD: gradient matching where the real images also ask for a flat loss. "
                              "lambda and h are our choice: the paper gives none.")(GradientMatching)
-method("gradient_matching_augmented_curvature", "Composed here of Xue et al. 2024 and Zhao & Bilen 2021",
-       alias="guard_dsa", preset=_both, says="GUARD with the augmentation of DSA. "
-                                             "lambda and h are our choice.")(GradientMatching);
+_ = method("gradient_matching_augmented_curvature", "Composed here of Xue et al. 2024 and Zhao & Bilen 2021",
+           alias="guard_dsa", preset=_both, says="GUARD with the augmentation of DSA. "
+                                                 "lambda and h are our choice.")(GradientMatching)

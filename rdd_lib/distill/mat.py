@@ -21,6 +21,6 @@ def mat_settings(data: str,          # name of a data set
     attack = PGD(Linf(.1 if "mnist" in data else 8 / 255), 10)
     return paper_settings(data, ipc) | {"experts": Experts(Adversarial(attack), ema=.999)}
 
-method("matching_adversarial_trajectories", "Lai et al., arXiv 2503.12069, 2025", alias="mat", preset=mat_settings,
-       says="MAT: trajectory matching, with the smoothed trajectories of adversarially trained experts. "
-            "Their radius and smoothing are our choice: the public abstract gives none.")(TrajectoryMatching);
+_ = method("matching_adversarial_trajectories", "Lai et al., arXiv 2503.12069, 2025", alias="mat", preset=mat_settings,
+           says="MAT: trajectory matching, with the smoothed trajectories of adversarially trained experts. "
+                "Their radius and smoothing are our choice: the public abstract gives none.")(TrajectoryMatching)

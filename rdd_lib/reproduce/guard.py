@@ -279,7 +279,7 @@ def attacked_at(model, x: Tensor, y: Tensor, rho: float,
 def feature_distances(model,
                       S: ImageSet,      # the distilled images
                       real: ImageSet,   # the images they stand for
-                     ) -> dict:         # name -> (K,): sigma (farthest distilled image), spread (of real ones), lipschitz
+                     ) -> dict:         # name -> (K,): sigma (of the farthest), spread (of real images), lipschitz
     "How far the features of each class's distilled images lie from the mean of its real ones (sigma of Proposition 1)."
     device = next(model.parameters()).device
     def features(data):
