@@ -34,7 +34,7 @@ def test_from_the_shell_through_a_kernel_to_a_figure(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"TQDM_DISABLE": "1"})
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "Rand" in done.stdout and "budget.ipynb" in done.stdout
+    assert "Rand" in done.stdout and "budget.ipynb" in done.stdout, done.stderr
     made = {p.name for p in (tmp_path / "figures/smoke/mcs").iterdir()}
     assert {"budget.csv", "budget.ipynb", "budget_std.png"} <= made
     assert len(cells("score-*.json")) == 2
