@@ -44,7 +44,11 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 def __getattr__(name):
     "A name of the face, from the module that defines it."
     from importlib import import_module
-    if name not in _HOME: raise AttributeError(f"module 'rdd_lib' has no attribute {name!r}")
+    if name not in _HOME:
+        from difflib import get_close_matches
+        near = " or ".join(map(repr, get_close_matches(name, _HOME)))
+        hint = f"; did you mean {near}?" if near else ""
+        raise AttributeError(f"module 'rdd_lib' has no attribute {name!r}{hint}")
     return getattr(import_module(f"rdd_lib.{_HOME[name]}"), name)
 
-def __dir__(): return sorted({*globals(), *_HOME})
+def __dir__(): return sorted(__all__)

@@ -190,6 +190,7 @@ def _compress(compressor, method, data, asked, out, film):
     "Make it, write it, say what came out. Whatever can be refused is refused before the work."
     from rdd_lib.compressed import save
     from rdd_lib.core import check
+    from rdd_lib.coresets.covering import MinimalCoreset
     from rdd_lib.data import load
     from rdd_lib.distill.synthetic import Distiller
     from rdd_lib.files import require_writable
@@ -203,7 +204,8 @@ def _compress(compressor, method, data, asked, out, film):
     if film: _show_film(run["snapshots"], made, film)
     save(made, out)                                                           # last: it removes the checkpoint
     typer.echo(made.summary())
-    if hasattr(compressor, "verify") and made.certificate: typer.echo(_verified(made, images, asked["device"]))
+    proven = isinstance(compressor, MinimalCoreset) and made.certificate
+    if proven: typer.echo(_verified(made, images, asked["device"]))
     typer.echo(f"written to {out}" + (f", the pictures to {film}" if film else ""))
 
 def _number(k, ipc, total, budget):
@@ -255,12 +257,12 @@ def show(path: Path = typer.Argument(help=FILE),
              help="check radius and certificate against the data it was made from"),
          device: str = typer.Option("auto", help=f"where --verify computes: {DEVICE}")):
     "What a compressed set is, where it came from, what it looks like."
+    from rdd_lib.cli_score import source_of
     from rdd_lib.core import check
-    from rdd_lib.data import load
     from rdd_lib.files import atomic
     made = _read(path, data, stats, which)
     typer.echo(made.summary())
-    if verify: typer.echo(_verified(made, load(made.name, made.split), device))
+    if verify: typer.echo(_verified(made, source_of(made, made.split), device))
     if not picture: return
     check(picture.suffix in (".png", ".svg", ".pdf"), f"--picture must end in .png, .svg or .pdf, got {str(picture)!r}")
     check(per_class >= 1, f"--per-class must be >= 1, got {per_class}")

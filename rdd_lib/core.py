@@ -130,6 +130,7 @@ class Registry(MutableMapping):
         try:
             check(self.key(point.name) not in self.names, "the name is taken")
             thing = point.load()
+            if self.key(point.name) in self.names: return          # it has entered itself, and said more
             self.add(point.name, self.adopted(point.name, thing) if self.adopted else thing)
         except Exception as e:
             said = f"the {self.kind} {point.name!r} of {point.value!r} cannot be loaded ({type(e).__name__}: {e})"

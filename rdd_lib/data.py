@@ -15,8 +15,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 from torch import Tensor
-from .core import (BrokenFile, check, check_one_of, check_whole, generator_of, lookup, MissingData, plain,
-                          Registry)
+from .core import BrokenFile, check, check_one_of, check_whole, generator_of, lookup, MissingData, plain, Registry
 from .files import atomic, channel_axis, class_folders, IMAGE_SUFFIXES, kept, pictures_in, read_pictures
 
 # %% ../nbs/03_data.ipynb #e1f51524

@@ -203,7 +203,8 @@ def build(name: str,        # one of `MODELS`
     "A freshly initialised network for `data`; the same seed gives the same weights."
     make = MODELS[name]
     channels, height, width = data.shape
-    check(height == width, f"models take square images, {data.name} has {height}x{width}")
+    hint = "; are its images (N, H, W, C)? x.permute(0, 3, 1, 2)" if width in (1, 3) else ""
+    check(height == width, f"models take square images, {data.name} has {height}x{width}{hint}")
     try:
         with seeded(seed): net = make(channels, data.n_classes, height, **settings)
     except TypeError as e: check(False, f"model {name!r} cannot take these settings {settings}: {e}")

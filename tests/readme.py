@@ -39,7 +39,8 @@ def opening(path):
 
 def the_map():
     "All notebooks in the order of reading, each with its promise."
-    lines = ["# The notebooks", "", "In the order of reading: one notebook, one module; a decade of numbers a wing."]
+    lines = ["# The notebooks", "", "One notebook, one module, and a decade of numbers a wing: the order of reading. "
+             "Stories and the pages of papers define no module."]
     paths = [p for p in NBS.rglob("[!.]*.ipynb") if not p.parent.name.startswith(".")]
     folders = {p.parent for p in paths}
     first = {folder: min(p.name for p in paths if p.parent == folder) for folder in folders}
@@ -48,7 +49,8 @@ def the_map():
         lines += ["", f"## {name}", "", "| notebook | |", "|---|---|"]
         for path in sorted(p for p in paths if p.parent == folder):
             title, promise = opening(path)
-            lines.append(f"| [{path.stem}]({path.relative_to(NBS).as_posix()}) | **{title}.** {promise} |")
+            stop = "" if title[-1] in "?)" else "."
+            lines.append(f"| [{path.stem}]({path.relative_to(NBS).as_posix()}) | **{title}{stop}** {promise} |")
     return "\n".join(lines)
 
 

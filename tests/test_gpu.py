@@ -29,7 +29,7 @@ from rdd_lib.data import ImageSet, load, sample, show_images
 from rdd_lib.distill.experts import Experts
 from rdd_lib.training.unrolled import flatten, functional, unroll
 from rdd_lib.models import Net, build, statistics
-from rdd_lib.reproduce import grid
+from rdd_lib.reproduce import executors
 from rdd_lib.cli import app
 from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness, three_attacks
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
@@ -374,7 +374,7 @@ def test_compression(gpu, train, name, monkeypatch, tmp_path):
         made = small(name).compress(train, ipc=2, seed=1, device=d)
         assert not any(t.is_cuda for t in vars(made).values() if torch.is_tensor(t))
         return made
-    twice = methods()[name].alias in ("tm", "mat", "dd")     # unrolled steps are differentiated again, in another order
+    twice = methods()[name].alias in ("tm", "mat", "dd", "guard")     # derivatives of derivatives, in another order
     check(run, gpu, 1e-5 if twice else 0.)
 
 
@@ -534,14 +534,13 @@ def cell(n, device="auto"): return n
 
 def test_a_worker_for_each_gpu(gpu, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(grid, "cores", lambda: 16)
-    monkeypatch.setattr(grid, "_processes", lambda workers, threads: asked.append((workers, threads)))
+    monkeypatch.setattr(executors, "cores", lambda: 16)
+    monkeypatch.setattr(executors, "_processes", lambda workers, threads: asked.append((workers, threads)))
     def ask(*devices, workers=None):
         cells = [dict(n=n, device=d) for n in range(8) for d in devices]
-        missing = {n: (CellKey.of(cell, **c), c) for n, c in enumerate(cells)}
-        grid._executor("processes", cell, missing, workers, None)
+        executors.pool_for("processes", cell, [(CellKey.of(cell, **c), c) for c in cells], workers)
         return asked.pop()
-    monkeypatch.setattr(grid, "_check_importable", lambda fn, cell: pickle.dumps(cell))
+    monkeypatch.setattr(executors, "_check_importable", lambda fn, cell: pickle.dumps(cell))
     assert ask("cuda") == ask("auto") == ask("cuda", "cuda:0") == (1, 16)
     assert ask("cuda:0", "cuda:1") == (2, 8) and ask("cuda", workers=4) == (4, 4) and ask("cpu") == (8, 2)
 

@@ -160,7 +160,7 @@ def test_an_evaluation_survives_a_cache_that_fills_up(digits, monkeypatch):
     def fills(path):
         tries.append(path)
         raise Unwritable("cannot write it: No space left on device")
-    monkeypatch.setattr("rdd_lib.attacks.pgd.atomic", fills)
+    monkeypatch.setattr("rdd_lib.files.atomic", fills)
     with pytest.warns(RuntimeWarning, match="No space left on device; set RDD_STORE"):
         evaluate(model, digits, PGD(Linf(.2)), device="cpu", checkpoint=True, every=0)
     assert len(tries) == 1

@@ -465,7 +465,7 @@ def squared(threat):
 def test_another_package_adds_an_objective(monkeypatch):
     point = EntryPoint("squared", f"{__name__}:squared", "rdd_lib.objectives")
     monkeypatch.setattr(core, "entry_points", lambda group: [point] if group == point.group else [])
-    for name in ("found", "others"): monkeypatch.setattr(OBJECTIVES, name, dict(getattr(OBJECTIVES, name)))
+    for name in ("found", "names"): monkeypatch.setattr(OBJECTIVES, name, dict(getattr(OBJECTIVES, name)))
     monkeypatch.setattr(OBJECTIVES, "looked", False)
     loss = objective_of("Squared", Linf(.1))
     assert list(OBJECTIVES)[-1] == "squared" and not trait(loss, "per_image") and session_of(loss) is loss

@@ -176,6 +176,9 @@ class _Evaluation:
         new = slice(at.taken, at.taken + room)
         rows = at.rows[new]
         s = stage.begin(self.x[rows], self.y[rows], **_pick(at.drawn, new))
+        odd = [k for k, v in s.items() if k != "shared" and not (torch.is_tensor(v) and v.shape[:1] == rows.shape)]
+        check(not odd, lambda: f"{stage.name}: what a walk begins with has a row for each image, or stands under "
+              f"'shared'; {odd[0]!r} is {s[odd[0]]!r:.60}")
         s |= {"row": rows, "looks": torch.zeros_like(rows)}
         at.s = _join(at.s, s) if at.s else s
         at.taken += len(rows)

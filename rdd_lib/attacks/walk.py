@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .losses import check_batch, check_logits, LOSSES, slope
-from .threats import Threat
-from ..core import check, check_whole, generator_of, Registry
+from .threats import Linf, Threat
+from ..core import check, check_whole, generator_of, lookup, Registry
 from ..models import frozen, one_look
 
 # %% ../../nbs/attacks/22_walk.ipynb #abd52edd
@@ -51,6 +51,10 @@ class Walk(Attack):
     restarts = 1
     gradient = True         # False: the losses are enough
     bounded = True          # False: points may leave the ball; those outside do not count as breaking
+
+    def __post_init__(self):
+        self._check()
+        lookup(getattr(self, "loss", "ce"), LOSSES, "attack loss")
 
     def turns(self, classes: int) -> int: return self.restarts
     def draw(self, x, y, logits, g, turn) -> dict: return {"start": self.start(x, g)}   # logits: of the clean images
@@ -129,6 +133,12 @@ class AttackResult:
         return f"AttackResult({self.counts}, robust accuracy {self.robust_accuracy:.4f}, {passes})"
 
 # %% ../../nbs/attacks/22_walk.ipynb #22000010
+def _adopted(name, make):
+    "What another package announces, tried on one threat."
+    made = make(Linf(.1))
+    check(isinstance(made, Attack), f"an attack is made by (threat) -> Attack, got {made!r:.60}")
+    return make
+
+# as `rdd list attacks` lists them, then what else is there
 ATTACKS = Registry("attack", "rdd_lib.attacks.pgd", "rdd_lib.attacks.fab", "rdd_lib.attacks.square",
-                   "rdd_lib.attacks.carlini_wagner", "rdd_lib.attacks.autoattack",   # as `rdd list attacks` lists
-                   "rdd_lib.attacks")                                                # them, and what else is there
+                   "rdd_lib.attacks.carlini_wagner", "rdd_lib.attacks.autoattack", "rdd_lib.attacks", adopted=_adopted)

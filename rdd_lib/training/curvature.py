@@ -51,13 +51,13 @@ def input_gradient(losses: Tensor,  # (B,)
 
 # %% ../../nbs/training/43_curvature.ipynb #b455dcd6
 def _turn(far, x_far, g):
-    "What the gradient changes by, a row an image."
-    return (input_gradient(far, x_far, True) - g).flatten(1)
+    "What the gradient changes by."
+    return input_gradient(far, x_far, True) - g
 
-def _paper(far, x_far, near, g, w): return weighted_mean(_turn(far, x_far, g).square().sum(1), w)
+def _paper(far, x_far, near, g, w): return weighted_mean(_turn(far, x_far, g).square().flatten(1).sum(1), w)
 
 def _authors_cifar(far, x_far, near, g, w):
-    return weighted_mean(torch.linalg.vector_norm(_turn(far, x_far, g), dim=1), w) / len(g)
+    return weighted_mean(torch.linalg.vector_norm(_turn(far, x_far, g).flatten(1), dim=1), w) / len(g)
 
 def _authors_imagenet(far, x_far, near, g, w): return weighted_mean(far - near, w).abs()
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..attacks.pgd import PGD
-from ..attacks.threats import Threat
+from ..attacks.threats import Linf, Threat
 from ..core import check, check_number, check_one_of, Registry, with_settings
 from ..models import eval_mode
 
@@ -125,10 +125,16 @@ def generalized(attack: PGD,       # the inner maximum for radius epsilon
     return Adversarial(replace(attack, threat=replace(threat, eps=threat.eps + eta)))
 
 # %% ../../nbs/training/40_objectives.ipynb #bbfa3c0c
+def _adopted(name, make):
+    "What another package announces, tried on one threat."
+    made = make(Linf(.1))
+    check(callable(made), f"an objective is made by (threat) -> a callable, got {made!r:.60}")
+    return make
+
 # name -> (threat) -> objective; modules in the order in which their objectives are listed, then what else is there
 OBJECTIVES = Registry("objective", "rdd_lib.training.objectives", "rdd_lib.training.trades", "rdd_lib.training.mart",
                       "rdd_lib.training.curvature", "rdd_lib.training.input_gradient", "rdd_lib.training.fast",
-                      "rdd_lib.training.certified", "rdd_lib.training")
+                      "rdd_lib.training.certified", "rdd_lib.training", adopted=_adopted)
 
 def _generalized(threat, eta=None):
     check(eta is not None,
