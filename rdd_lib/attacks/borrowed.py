@@ -49,6 +49,8 @@ class TorchAttack(Walk):
     steps = 0
     gradient = bounded = False
 
+    def __post_init__(self): check(isinstance(self.threat, Threat), f"threat must be a Threat, got {self.threat!r}")
+
     @property
     def name(self): return f"torchattacks-{self.method.lower()}"
 
