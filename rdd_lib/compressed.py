@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import check, plain
+from .core import check, check_kind, plain
 from .data import ImageSet, show_images
 from .files import opened, write_tensors
 
@@ -111,7 +111,8 @@ def save(data: Compressed,
         ) -> Path:
     """Write `data` to one safetensors file, whole or not at all, then remove the run's checkpoint.
 
-    The same set gives the same bytes. Raises `Unwritable`."""
+    The same set gives the same bytes. Raises `Unwritable`, and `BadArgument` for what is no `Compressed`."""
+    check_kind("data", data, Compressed, "what a method gives when it is asked to `compress`")
     tensors, head = parts(data)
     write_tensors(path, tensors, format=FORMAT, **head)
     if data.checkpoint: data.checkpoint.unlink(missing_ok=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
-           'check_whole', 'check_number', 'check_one_of', 'lookup', 'Registry', 'describe', 'digest', 'typed',
-           'with_settings', 'flat', 'plain', 'subseed', 'generator_of', 'drawn', 'device_of', 'progress']
+           'check_whole', 'check_number', 'check_kind', 'check_one_of', 'lookup', 'Registry', 'describe', 'digest',
+           'typed', 'with_settings', 'flat', 'plain', 'subseed', 'generator_of', 'drawn', 'device_of', 'progress']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import hashlib, importlib, json, pkgutil, sys, threading, time, warnings
@@ -67,6 +67,14 @@ def check_number(name: str, value,
     if most < inf: limits.append(f"<= {most:g}")
     ok = number and least <= value <= most and (above is None or value > above)
     check(ok, " ".join([f"{name} must be a number", " and ".join(limits)]).rstrip() + f", got {value!r}")
+
+def check_kind(name: str, value,
+               kind: type,
+               remedy: str = "",      # what to do about it
+              ) -> None:
+    "Raise `BadArgument` unless `value` is of that type."
+    said = f"{name} must be of type {kind.__name__}, got {value!r:.60}"
+    check(isinstance(value, kind), f"{said}; {remedy}" if remedy else said)
 
 def check_one_of(name: str, value, allowed) -> None:
     "Raise `BadArgument` unless `value` is one of `allowed`."

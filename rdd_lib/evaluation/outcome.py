@@ -18,7 +18,7 @@ from ..attacks.threats import Threat
 from ..attacks.until_broken import attack_until_broken
 from ..attacks.walk import Attack
 from ..certificates.certificate import PerImage
-from ..core import check, check_one_of, device_of, subseed
+from ..core import check, check_kind, check_one_of, device_of, subseed
 from ..data import ImageSet
 from ..files import save_table
 from ..models import batch_of, check_classes, eval_mode, Net, Normalized, one_look
@@ -104,6 +104,8 @@ def evaluate(model: nn.Module,
     """Attack every image of `data` until it breaks. The model is moved to `device`, its mode and gradients stay.
 
     Raises `BadArgument` for a model that was built for other classes than `data` has."""
+    check_kind("model", model, nn.Module, "a Net becomes one in a training: Trainer()(net, data)")
+    check_kind("data", data, ImageSet)
     if isinstance(model, Normalized): check_classes(model.classes, data)
     device = device_of(device)
     model, x, y = model.to(device), data.images(device), data.y.to(device)

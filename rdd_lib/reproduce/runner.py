@@ -9,9 +9,9 @@ __all__ = ['OWN', 'PROFILES', 'Item', 'items', 'parameters_of', 'typed_settings'
 # %% ../../nbs/reproduce/87_runner.ipynb #c6742cd9
 import ast, json, logging, os, re, shutil, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from ..core import BrokenFile, MissingData, RddError, check, lookup, with_settings
+from ..core import BrokenFile, MissingData, RddError, check, lookup, typed
 from ..files import atomic, writing
 from .tables import papers_folder
 
@@ -73,24 +73,9 @@ def typed_settings(name: str,            # of the item, for messages
     own = [n for n in settings if n in OWN]
     check(not own, f"{own[:1]} cannot be a setting: it is an argument of reproduce, or follows from one")
     free = {k: v for k, v in defaults.items() if k not in OWN}
-    given = {k: _as_list(free.get(k), v) for k, v in settings.items()}
-    made = with_settings(make_dataclass(name, [(k, object) for k in free], frozen=True)(**free), **given)
-    for k in settings: _check_type(k, free[k], getattr(made, k))
-    return {k: float(v) if isinstance(free[k], float) else v for k in settings for v in [getattr(made, k)]}
+    for k in settings: lookup(k, free, f"setting of {name}")
+    return {k: typed(k, free[k], value) for k, value in settings.items()}
 
-def _as_list(old, new):
-    "Text that stands for a list: JSON, or words with commas between."
-    if not (isinstance(old, (list, tuple)) and isinstance(new, str)): return new
-    inside = new.strip().removeprefix("[").removesuffix("]")
-    try: return json.loads(f"[{inside}]")
-    except json.JSONDecodeError: return [w.strip() for w in inside.split(",")]
-
-def _check_type(name, old, new):
-    several = (list, tuple)
-    kinds = {bool: bool, int: int, float: (int, float), str: str, list: several, tuple: several}
-    may_be_bool = isinstance(old, bool) or old is None
-    ok = isinstance(new, kinds.get(type(old), object)) and (may_be_bool or not isinstance(new, bool))
-    check(ok, f"setting {name!r} must be of type {type(old).__name__} (it is {old!r}), got {new!r}")
 
 # %% ../../nbs/reproduce/87_runner.ipynb #cc42e727
 @contextmanager

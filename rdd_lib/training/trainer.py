@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from ..attacks.losses import check_answer
 from ..augmentation import OPERATIONS, Scale, Siamese
-from ..core import (check, check_number, check_one_of, check_whole, device_of, generator_of, lookup, progress,
-                          subseed)
+from ..core import (check, check_kind, check_number, check_one_of, check_whole, device_of, generator_of, lookup,
+                          progress, subseed)
 from ..data import ImageSet, pixels
 from ..models import check_precision, in_precision, keep_heap, Net, one_look, sent, takes_one
 from .objectives import session_of, Standard, trait
@@ -88,6 +88,9 @@ class Trainer:
                 ) -> nn.Module:
         """Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number (looked at every 50
         steps), and before the first step for batches of one image that the network cannot be trained on."""
+        check_kind("data", data, ImageSet)
+        check(callable(net) and not isinstance(net, nn.Module),
+              f"net must build a network from (data, seed), as a Net does, got {net!r:.60}")
         device, self = device_of(device), self.following(data)
         keep_heap()
         model = net(data, subseed(seed, "init")).to(device, **self._layout()).train()
