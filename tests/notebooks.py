@@ -1,6 +1,6 @@
 """Runs the notebooks as `nbdev_test` does, each in a process of its own.
 
-    python tests/notebooks.py [--papers] [--slow]
+    python tests/notebooks.py [--papers] [--slow] [NOTEBOOK ...]
 
 `nbdev_test` runs many in one process, where a class that one notebook defines again (`Mart`, in the registry of
 objectives) is there for the next one, which wants the library's."""
@@ -46,13 +46,14 @@ def in_children(paths, workers, force):
 
 def main():
     asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("notebooks", nargs="*", type=lambda path: Path(path).resolve(), help="none: all")
     asked.add_argument("--papers", action="store_true", help="the papers' pages too")
     asked.add_argument("--slow", action="store_true", help="the cells marked #| slow too")
     asked.add_argument("--workers", type=int, default=os.cpu_count())
     args = asked.parse_args()
     if PROCESSES.get_start_method() == "fork": import torchvision  # noqa: F401  (once, for all children)
     ended, failed = 0, []
-    for path, passed, seconds in in_children(notebooks(args.papers), args.workers, SLOW*args.slow):
+    for path, passed, seconds in in_children(args.notebooks or notebooks(args.papers), args.workers, SLOW*args.slow):
         print(f"{seconds:5.0f} s  {path}{'' if passed else '  FAILED'}", flush=True)
         ended += 1
         if not passed: failed.append(str(path))
