@@ -12,21 +12,24 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from nbdev.config import get_config
 from nbdev.test import test_nb
 
 ROOT = Path(__file__).parents[1]
-SLOW = ["slow"]                      # cells that only `make test-all` runs
+NOTEBOOKS = ROOT/"nbs"
+SKIPPED = get_config(path=ROOT).tst_flags.split()     # cells with these flags
+SLOW = ["slow"]                                       # of them, those that `make test-all` runs
 # Elsewhere a process that has loaded torch cannot be forked, and each child loads it itself.
 PROCESSES = get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 def notebooks(papers):
-    found = [path for path in sorted((ROOT/"nbs").rglob("*.ipynb")) if not path.parent.name.startswith((".", "_"))]
-    return [path for path in found if papers or "papers" not in path.parts]
+    found = [path for path in sorted(NOTEBOOKS.rglob("*.ipynb")) if not path.parent.name.startswith((".", "_"))]
+    return [path for path in found if papers or not path.is_relative_to(NOTEBOOKS/"papers")]
 
 
 def run(path, force):
-    passed, _ = test_nb(path, skip_flags=SLOW, force_flags=force, basepath=ROOT)
+    passed, _ = test_nb(path, skip_flags=SKIPPED, force_flags=force, basepath=ROOT)
     sys.exit(not passed)
 
 
@@ -45,12 +48,13 @@ def in_children(paths, workers, force):
 
 
 def main():
-    asked = argparse.ArgumentParser(description=__doc__)
+    asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     asked.add_argument("notebooks", nargs="*", type=lambda path: Path(path).resolve(), help="none: all")
     asked.add_argument("--papers", action="store_true", help="the papers' pages too")
     asked.add_argument("--slow", action="store_true", help="the cells marked #| slow too")
     asked.add_argument("--workers", type=int, default=os.cpu_count())
     args = asked.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")     # torch's threads of several children wait for one another
     if PROCESSES.get_start_method() == "fork": import torchvision  # noqa: F401  (once, for all children)
     ended, failed = 0, []
     for path, passed, seconds in in_children(args.notebooks or notebooks(args.papers), args.workers, SLOW*args.slow):

@@ -73,9 +73,7 @@ def typed_settings(name: str,            # of the item, for messages
     own = [n for n in settings if n in OWN]
     check(not own, f"{own[:1]} cannot be a setting: it is an argument of reproduce, or follows from one")
     free = {k: v for k, v in defaults.items() if k not in OWN}
-    for k in settings: lookup(k, free, f"setting of {name}")
-    return {k: typed(k, free[k], value) for k, value in settings.items()}
-
+    return {k: typed(k, lookup(k, free, f"setting of {name}"), value) for k, value in settings.items()}
 
 # %% ../../nbs/reproduce/87_runner.ipynb #cc42e727
 @contextmanager
