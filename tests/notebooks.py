@@ -55,7 +55,7 @@ def main():
     asked.add_argument("--workers", type=int, default=os.cpu_count())
     args = asked.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")     # torch's threads of several children wait for one another
-    if PROCESSES.get_start_method() == "fork": import torchvision  # noqa: F401  (once, for all children)
+    if PROCESSES.get_start_method() == "fork": import pandas, sklearn.metrics, torchvision  # noqa: E401, F401  (once)
     ended, failed = 0, []
     for path, passed, seconds in in_children(args.notebooks or notebooks(args.papers), args.workers, SLOW*args.slow):
         print(f"{seconds:5.0f} s  {path}{'' if passed else '  FAILED'}", flush=True)
