@@ -52,7 +52,7 @@ clean:      ## remove the environment and what builds leave behind
 	  { echo "rdd_lib needs Python 3.10 ... 3.13; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another one: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo "python3 cannot make virtual environments; on Debian and Ubuntu install the package python3-venv"; exit 1; }
-	@echo "installing the pinned environment into .venv (once; about two minutes, 6 GB)"
+	@echo "installing the pinned environment into .venv (once; two to four minutes, 6 GB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
