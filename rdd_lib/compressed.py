@@ -14,6 +14,7 @@ from torch import Tensor
 from .core import check, check_kind, plain
 from .data import ImageSet, show_images
 from .files import opened, write_tensors
+from .view_labels import labels_from, ViewLabels
 
 # %% ../nbs/06_compressed.ipynb #fef72433
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,6 +27,7 @@ class Compressed(ImageSet):
     lower_bound: float | None = None     # proven: no cover of this size has a smaller radius
     certificate: dict | None = None      # tensors from which the lower bound can be checked again
     schedule: dict | None = None         # how a student has to be trained on it, where the method fixes that
+    views: ViewLabels | None = None      # what a teacher says about views of the images, for a student to learn
     provenance: dict = field(default_factory=dict)  # method and settings, seed, source, versions: plain data
     checkpoint: Path | None = None       # a file that holds the run until the set is saved
 
@@ -34,6 +36,7 @@ class Compressed(ImageSet):
         self._check_rows("weights")
         self._check_rows("indices", whole=True)
         self._check_rows("soft_labels", (self.n_classes,))
+        if self.views is not None: self.views.check_for(self)
         w = self.weights
         check(w is None or bool((w >= 0).all()) and bool(w.sum() > 0), "weights must be >= 0, not all 0, and not NaN")
         for name in ("radius", "lower_bound", "schedule", "provenance"):
@@ -77,6 +80,7 @@ class Compressed(ImageSet):
         if pixels := p.get("pixels"): fact("pixels", _pixels_told(pixels))
         if self.weights is not None:
             fact("weights", f"{self.weights.min():.3g} ... {self.weights.max():.3g}, sum {self.weights.sum():.6g}")
+        if self.views is not None: fact("views", _views_told(self))
         if self.schedule: fact("schedule", f"students are trained with its own {', '.join(self.schedule)}")
         if p.get("interrupted"): facts.append("interrupted: the best that was known when it was stopped by hand")
         if self.radius is not None:
@@ -84,12 +88,19 @@ class Compressed(ImageSet):
             fact("radius", f"{self.radius:.4f}{proven}")
         return "\n".join(facts)
 
+def _views_told(S):
+    v, images = S.views, S.x.numel() * S.x.element_size()
+    shown = f"{v.epochs} epochs in batches of {v.batch}, seed {v.seed}, temperature {v.temperature:g}"
+    keeps = {"logits": f"labels of {v.epochs * len(S):,} views", "teacher": "the teacher", "none": "no labels"}
+    return f"{shown}; {keeps[v.store]} in {v.nbytes:,} bytes, images in {images:,}"
+
 def _pixels_told(pixels):
     if "clipped" not in pixels: return "bytes"
     return f"un-normalised with {pixels['stats']}, {pixels['clipped']:.2%} of the values cut"
 
 # %% ../nbs/06_compressed.ipynb #04d6c78a
 FORMAT = "rdd_lib.compressed/1"
+_WITH_VIEWS = "rdd_lib.compressed/2"       # a set without labels of views stays readable for older versions
 _TENSORS = ("x", "y", "weights", "indices", "soft_labels")
 _FACTS = ("name", "split", "radius", "lower_bound", "schedule", "provenance")
 _PROOF = "certificate."
@@ -98,13 +109,19 @@ def parts(data: Compressed) -> tuple[dict, dict]:   # tensors by name, and plain
     "All that a file has to hold of a compressed set."
     tensors = {name: t for name in _TENSORS if (t := getattr(data, name)) is not None}
     proof = {_PROOF + name: t for name, t in (data.certificate or {}).items()}
-    return tensors | proof, {name: getattr(data, name) for name in _FACTS} | {"classes": list(data.classes)}
+    head = {name: getattr(data, name) for name in _FACTS} | {"classes": list(data.classes)}
+    if data.views is None: return tensors | proof, head
+    return tensors | proof | data.views.tensors(), head | {"views": data.views.head()}
 
 def assembled(tensors: dict, head: dict) -> Compressed:
     "What `parts` took apart. What is missing or odd is a `KeyError`, `TypeError` or `ValueError`."
     proof = {name.removeprefix(_PROOF): t for name, t in tensors.items() if name.startswith(_PROOF)}
-    own = {name: t for name, t in tensors.items() if not name.startswith(_PROOF)}
-    return Compressed(**own, **head | {"classes": tuple(head["classes"])}, certificate=proof or None)
+    told = {name: t for name, t in tensors.items() if name.startswith("views.")}
+    own = {name: t for name, t in tensors.items() if name not in told and not name.startswith(_PROOF)}
+    rest = head | {"classes": tuple(head["classes"])}
+    views = rest.pop("views", None)
+    if views is not None: views = labels_from(told, views, ImageSet(own["x"], own["y"], rest["classes"], rest["name"]))
+    return Compressed(**own, **rest, certificate=proof or None, views=views)
 
 def save(data: Compressed,
          path: str | Path,   # usually ends in .safetensors
@@ -114,7 +131,7 @@ def save(data: Compressed,
     The same set gives the same bytes. Raises `Unwritable`, and `BadArgument` for what is no `Compressed`."""
     check_kind("data", data, Compressed, "what a method gives when it is asked to `compress`")
     tensors, head = parts(data)
-    write_tensors(path, tensors, format=FORMAT, **head)
+    write_tensors(path, tensors, format=_WITH_VIEWS if data.views else FORMAT, **head)
     if data.checkpoint: data.checkpoint.unlink(missing_ok=True)
     return Path(path)
 
@@ -122,5 +139,5 @@ def save(data: Compressed,
 def read_compressed(path: str | Path) -> Compressed:
     "What `save` wrote. Raises `MissingData` where there is no such file, `BrokenFile` if it is no whole set."
     with opened(path, f"a compressed set in format {FORMAT}") as (f, head):
-        check(head.pop("format") == FORMAT, "another format")
+        check(head.pop("format") in (FORMAT, _WITH_VIEWS), "another format")
         return assembled({name: f.get_tensor(name) for name in f.keys()}, head)

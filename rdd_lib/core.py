@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
-           'check_whole', 'check_number', 'check_kind', 'check_one_of', 'lookup', 'Registry', 'describe', 'digest',
-           'typed', 'with_settings', 'flat', 'plain', 'subseed', 'generator_of', 'drawn', 'device_of', 'progress']
+           'check_whole', 'check_number', 'check_kind', 'check_one_of', 'lookup', 'Registry', 'later', 'describe',
+           'digest', 'typed', 'with_settings', 'flat', 'differences', 'plain', 'subseed', 'generator_of', 'drawn',
+           'device_of', 'progress']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import hashlib, importlib, json, pkgutil, sys, threading, time, warnings
 from collections.abc import MutableMapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from math import inf
@@ -177,12 +178,22 @@ class Registry(MutableMapping):
         return with_settings(self[name](*context), **settings)
 
 # %% ../nbs/00_core.ipynb #9ebdee0f
+def later(default):
+    "A field that a dataclass got after results had been kept under its settings: at its default it is not described."
+    return field(default=default, metadata={"later": True})
+
+def _told(f, value):
+    "Whether a field is part of a description."
+    return f.repr and not (f.metadata.get("later") and value == f.default)
+
 def describe(o) -> object:
     "Nested plain data that names `o` and every setting in it: what is hashed for a cache key and saved as provenance."
     kind = {"is": type(o).__name__}
     if hasattr(o, "fingerprint"):                                       # a data set is named, not spelled out
         return kind | {"name": o.name, "images": len(o), "fingerprint": o.fingerprint}
-    if is_dataclass(o): return kind | {f.name: describe(getattr(o, f.name)) for f in fields(o) if f.repr}
+    if is_dataclass(o):
+        own = ((f, getattr(o, f.name)) for f in fields(o))
+        return kind | {f.name: describe(value) for f, value in own if _told(f, value)}
     if isinstance(o, dict): return {str(k): describe(v) for k, v in sorted(o.items())}
     if isinstance(o, (list, tuple)): return [describe(v) for v in o]
     if isinstance(o, float) and not np.isfinite(o): return str(o)       # JSON has no infinity
@@ -250,6 +261,13 @@ def flat(values: dict, prefix: str = "") -> dict:
             if "is" in v: out[prefix + name] = v["is"]
             out |= flat({k: w for k, w in v.items() if k != "is"}, f"{prefix}{name}.")
     return out
+
+# %% ../nbs/00_core.ipynb #4f1a59dc
+def differences(there: dict, here: dict) -> list[str]:
+    "What two nested descriptions disagree on, one sentence each, the outermost first."
+    a, b = flat(there), flat(here)
+    differ = sorted((k for k in a | b if a.get(k) != b.get(k)), key=lambda k: (k.count("."), k))
+    return [f"{k} is {a.get(k, 'not set')!r} there and {b.get(k, 'not set')!r} here" for k in differ]
 
 # %% ../nbs/00_core.ipynb #5d21c0e8
 def plain(o, what: str = "value"):   # what to call it in the message

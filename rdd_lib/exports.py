@@ -195,7 +195,9 @@ def export(data: Compressed,
           ) -> Path:
     """Write `data` in a layout that other code bases read, whole or not at all.
 
-    The same set gives the same bytes. Raises `Unwritable`."""
+    The same set gives the same bytes. Raises `Unwritable`, and `BadArgument` for labels of views."""
+    check(data.views is None, "the other code bases' layouts have no place for labels of views; `save` keeps them, "
+          "dataclasses.replace(data, views=None) leaves them out")
     lookup(kind, EXPORTS, "kind of export")(data, Path(path), normalise)
     return Path(path)
 

@@ -21,6 +21,7 @@ from ..files import Checkpoint
 from ..models import check_precision, in_precision, keep_heap, Net, numbers, one_look, onto, sent, takes_one
 from ..published import load_compressed
 from ..training.objectives import depends_on_mode
+from ..training.trainer import memory_of, remember
 
 # %% ../../nbs/distill/70_synthetic.ipynb #b13650c7
 def first_images(data: ImageSet,
@@ -77,6 +78,8 @@ class State:
                  learn_labels: bool = False,
                  **more: Tensor):          # further leaves
         self.y, self.scale, self.prepared = y, scale, None
+        self.it, self.held = 0, {}                               # iterations done; tensors kept beside
+        self.counts = self.start = self.checkpoint = None        # of this run
         leaves = {"u": u}
         if learn_labels: leaves["labels"] = torch.nn.functional.one_hot(y, classes) * math.log(9 * (classes - 1))
         self.leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in (leaves | more).items()}
@@ -128,6 +131,11 @@ class Distiller(Compressor):
         "What decides how many images a network in training sees at a time: those numbers."
         return {}
 
+    def first(self, data, counts, start, scale, seed):          # images and labels, class after class
+        return first_images(data, counts, start, scale, seed)
+    def turns(self, counts: list[int]) -> int: return self.iterations      # all iterations, whatever they work on
+    def begin(self, s: State, opt) -> None: "What comes before iteration `s.it`."
+    def result(self, s: State) -> dict: return {"x": s.scale.pixels(s.u.detach()).cpu(), "y": s.y.cpu()}
     def more_leaves(self, data, counts, device) -> dict[str, Tensor]: return {}
     def rates(self) -> dict[str, float]: return {"u": self.lr, "labels": self.lr_label}
     def decay(self, it: int) -> float: return 1.      # what the rates are multiplied with in iteration `it`
@@ -147,16 +155,17 @@ class Distiller(Compressor):
         keep_heap()
         device, start = device_of(device), start_of(self.init)
         scale = Scale(data, device)
-        images, labels = first_images(data, counts, start, scale, seed)
+        images, labels = self.first(data, counts, start, scale, seed)
         more = self.more_leaves(data, counts, device)
         s = State(images, labels, scale, data.n_classes, self.lr_label > 0, **more)
+        s.counts, s.start, s.checkpoint = counts, start, checkpoint
         opt = self.optimiser(s, [{"params": [leaf], "lr": self.rates()[name]} for name, leaf in s.leaves.items()])
         key = digest([describe(self), describe(start), counts, seed, data.fingerprint])
         keeper = _Keeper(checkpoint, every, key, s, opt, Story(log, snapshots))
-        done = keeper.resume()
+        s.it = keeper.resume()
         s.prepared = self.prepare(s, data, seed, device, **run)
-        self._iterate(s, opt, RealBatches(data, scale), data, seed, done, keeper)
-        made = {"x": scale.pixels(s.u.detach()).cpu(), "y": s.y.cpu(), "checkpoint": keeper.note.path}
+        self._iterate(s, opt, RealBatches(data, scale), data, seed, self.turns(counts), keeper)
+        made = self.result(s) | {"checkpoint": keeper.note.path}
         if isinstance(start, ImageSet): made["report"] = {"start": describe(start)}
         if "labels" in s.leaves: made["soft_labels"] = s.target.detach().cpu()
         return made | self.finish(s)
@@ -167,11 +176,13 @@ class Distiller(Compressor):
               f"{' and '.join(alone)} would show the network one image at a time, and its batch norm cannot be trained "
               "on one; take more images, or another norm")
 
-    def _iterate(self, s, opt, real, data, seed, done, keeper):
-        bar = progress(range(done, self.iterations), total=self.iterations, initial=done, desc=type(self).__name__)
+    def _iterate(self, s, opt, real, data, seed, last, keeper):
+        bar = progress(range(s.it, last), total=last, initial=s.it, desc=type(self).__name__)
         story = keeper.story
-        story.look(s, done, self.iterations)
+        story.look(s, s.it, self.iterations)
         for it in bar:
+            s.it = it
+            self.begin(s, opt)
             for group, name in zip(opt.param_groups, s.leaves): group["lr"] = self.rates()[name] * self.decay(it)
             with in_precision(self.precision, s.device):
                 for losses in self.steps(s, real, data, generator_of(seed, "iteration", it)):
@@ -213,7 +224,7 @@ class Story:
         self.pictures = snapshots                 # None: none are taken
 
     def look(self, s: State, it: int, last: int) -> None:
-        if self.pictures is None or it & (it - 1) and it != last: return
+        if self.pictures is None or it > last or it & (it - 1) and it != last: return
         self.pictures[it] = (s.scale.pixels(s.u.detach()) * 255).round().byte().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -238,12 +249,9 @@ class _Keeper:
         found = self.note.read()
         if found is None: return 0
         tensors, head = found
-        for name, leaf in self.s.leaves.items(): leaf.data.copy_(tensors[f"leaf.{name}"])
-        memory = {}
-        for name in tensors:
-            part, *of = name.split(".")
-            if part == "optimiser": memory.setdefault(int(of[0]), {})[of[1]] = tensors[name]
-        self.opt.load_state_dict(self.opt.state_dict() | {"state": memory})
+        for name, leaf in self.s.leaves.items(): leaf.data = tensors[f"leaf.{name}"].to(leaf)
+        self.s.held = {name.removeprefix("held."): t for name, t in tensors.items() if name.startswith("held.")}
+        remember(self.opt, tensors)
         self.story.recall(tensors)
         self.kept = head["done"]
         return self.kept
@@ -253,8 +261,7 @@ class _Keeper:
         if self.note.path is None or not due: return
         begin = time.monotonic()
         tensors = {f"leaf.{name}": leaf.detach() for name, leaf in self.s.leaves.items()} | self.story.tensors()
-        for i, memory in self.opt.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{k}": v for k, v in memory.items()}
+        tensors |= memory_of(self.opt) | {f"held.{name}": t for name, t in self.s.held.items()}
         self.note.write(tensors, done=done)
         self.note.every = max(2., 20 * (self.note.last - begin))         # so that it costs less than a twentieth
         self.kept = done
