@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .compressed import assembled, Compressed, parts
 from .core import BadArgument, BrokenFile, check, lookup, Unwritable
 from .data import ImageSet
-from .files import atomic, read_by, read_pictures, read_torch, writing
+from .files import atomic, read_by, read_torch, writing
+from .folders import read_pictures
 from .models import IMAGENET_STATS, MNIST_STATS, Normalized, statistics, STATS
 
 # %% ../nbs/08_exports.ipynb #b3758ba5

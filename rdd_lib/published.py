@@ -17,7 +17,8 @@ from .compressed import Compressed, read_compressed
 from .core import BrokenFile, check, check_number, MissingData
 from .data import DATASETS, ImageSet
 from .exports import PUBLISHED_STATS, restored, restored_folder, stats_of
-from .files import channel_axis, class_folders, pictures_in, read_by, read_pictures, read_torch
+from .files import channel_axis, read_by, read_torch
+from .folders import class_folders, pictures_in, read_pictures
 
 # %% ../nbs/09_published.ipynb #5c47bf98
 def _to_pixels(v, stats, data, name):
