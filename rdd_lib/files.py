@@ -194,6 +194,8 @@ class Checkpoint:
         tensors, head = read_tensors(self.path, f"the checkpoint of {self.what}", "remove it to begin anew", device)
         path = str(self.path)
         check("key" in head, f"{path!r} is not the checkpoint of {self.what}; remove it to begin anew", BrokenFile)
+        of = head.pop("of", self.what)                         # what, where the file says it
+        check(of == self.what, f"{path!r} is the checkpoint of {of}, not of {self.what}; give another path")
         check(head.pop("key") == self.key, f"checkpoint {path!r} belongs to another run of {self.what}: "
               f"other {self.parts}; remove it or give another path")
         return tensors, head
@@ -206,7 +208,7 @@ class Checkpoint:
         if self.path is None: return
         path, self.path = self.path, None
         with unasked(f"the checkpoint of {self.what}", self.asked):
-            self.path = write_tensors(path, tensors, key=self.key, **head)
+            self.path = write_tensors(path, tensors, key=self.key, of=self.what, **head)
         self.last = time.monotonic()
 
     def end(self) -> None:

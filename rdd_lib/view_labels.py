@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 import torch
 from torch import Tensor, nn
-from .core import BrokenFile, check, check_number, check_one_of, check_whole
+from .core import BrokenFile, check, check_number, check_one_of, check_whole, digest
 from .data import ImageSet
 from .models import eval_mode, Net
 from .views import showings, Shown, Views
@@ -65,18 +65,30 @@ class ViewLabels:
     answered_by: str = ""           # digest of the teacher
     logits: Tensor | None = None    # (epochs, N, K) float16, in the order of the images
     teacher: nn.Module | None = field(default=None, repr=False)   # in their place
+    seal: str = ""                  # digest of logits and of what they answer: filled in
 
     def __post_init__(self):
         for name in ("epochs", "batch"): check_whole(name, getattr(self, name))
         check_whole("seed", self.seed, 0)
         check_number("temperature", self.temperature, above=0)
         check_one_of("teacher_mode", self.teacher_mode, MODES)
+        if self.teacher is not None: self._check_teacher()
         if self.logits is None: return
         check(self.logits.dtype == torch.float16, f"logits of views must be float16, got {self.logits.dtype}")
         check(self.logits.dim() == 3 and len(self.logits) == self.epochs,
               f"logits of views must be (epochs, images, classes) with {self.epochs} epochs, "
               f"got {tuple(self.logits.shape)}")
         check(bool(self.logits.isfinite().all()), "logits of views must be finite in half precision (below 65504)")
+        answers_to = {name: of for name, of in self.head().items() if name not in ("temperature", "scaled", "seal")}
+        found = digest([answers_to, digest_of(self.tensors())])
+        check(self.seal in ("", found), "labels of views answer to other views or are by another teacher than they "
+              f"say (seed {self.seed}, batch {self.batch}, teacher {self.answered_by!r}); relabel the images")
+        object.__setattr__(self, "seal", found)
+
+    def _check_teacher(self):
+        found = digest_of({name: halved(t) for name, t in self.teacher.state_dict().items()})
+        check(self.answered_by in ("", found),
+              f"the teacher has digest {found}, these labels of views are by {self.answered_by}; give that teacher")
 
     @property
     def store(self) -> str:   # one of `STORES`
@@ -121,7 +133,8 @@ class ViewLabels:
     def head(self) -> dict:
         "All else, as plain data."
         rest = ("seed", "epochs", "batch", "temperature", "scaled", "teacher_mode", "images", "net", "answered_by")
-        return {"views": asdict(self.views)} | {name: getattr(self, name) for name in rest}
+        seal = {"seal": self.seal} if self.seal else {}
+        return {"views": asdict(self.views)} | {name: getattr(self, name) for name in rest} | seal
 
 def halved(t: Tensor) -> Tensor: return t.half() if t.is_floating_point() else t.clone()
 

@@ -106,6 +106,10 @@ class _Starts:
         return [crops(self.teacher, self.data, c, n, generator_of(self.seed, "crops", c))
                 for c, n in enumerate(self.counts)]
 
+def _two(pair, kind):
+    "Whether it is a pair of such numbers."
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(v, kind) for v in pair)
+
 @dataclass(frozen=True)
 class SqueezeRecover(Distiller):
     "SRe2L: squeeze the data into a teacher, recover images from it, relabel views of them (Yin et al. 2023)."
@@ -132,12 +136,12 @@ class SqueezeRecover(Distiller):
         check_whole("batch", self.batch)
         check(not self.augment and not self.lr_label, f"{type(self).__name__} has views in the place of augment and "
               f"lr_label, got augment={self.augment!r}, lr_label={self.lr_label}")
-        ok = len(self.jitter) == 2 and self.jitter[0] <= self.jitter[1] and all(isinstance(j, int) for j in self.jitter)
-        check(ok, f"jitter must be two whole numbers of pixels, the smaller first, got {self.jitter!r}")
+        check(_two(self.jitter, int) and self.jitter[0] <= self.jitter[1],
+              f"jitter must be two whole numbers of pixels, the smaller first, got {self.jitter!r}")
         object.__setattr__(self, "jitter", tuple(self.jitter))
         if self.crop is None: return
-        ok = len(self.crop) == 2 and all(0 < share <= 1 for share in self.crop)
-        check(ok, f"crop must be two shares of the area in (0, 1], at first and at last, got {self.crop!r}")
+        check(_two(self.crop, (int, float)) and all(0 < share <= 1 for share in self.crop),
+              f"crop must be two shares of the area in (0, 1], at first and at last, got {self.crop!r}")
         object.__setattr__(self, "crop", tuple(map(float, self.crop)))
 
     @property
@@ -214,7 +218,7 @@ class SqueezeRecover(Distiller):
              ) -> tuple[Tensor, Tensor]:
         "Cross-entropy, and the weighted term of the batch norms."
         with frozen(work.teacher), heard(work.norms) as found: logits = work.teacher.model(v)
-        return F.cross_entropy(logits.float(), y), self.r_bn * apart(found, self.first_bn)
+        return F.cross_entropy(logits, y), self.r_bn * apart(found, self.first_bn)
 
     def finish(self, s):
         self._put_aside(s)
