@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile', 'Unwritable', 'NoDevice', 'check',
-           'check_whole', 'check_number', 'check_kind', 'check_one_of', 'lookup', 'Registry', 'later', 'describe',
-           'digest', 'typed', 'with_settings', 'flat', 'differences', 'plain', 'subseed', 'generator_of', 'drawn',
-           'device_of', 'progress']
+           'check_whole', 'check_number', 'a_pair', 'check_kind', 'check_one_of', 'lookup', 'Registry', 'later',
+           'describe', 'digest', 'typed', 'with_settings', 'flat', 'differences', 'plain', 'subseed', 'generator_of',
+           'drawn', 'device_of', 'progress']
 
 # %% ../nbs/00_core.ipynb #96db9a69
 import hashlib, importlib, json, pkgutil, sys, threading, time, warnings
@@ -68,6 +68,10 @@ def check_number(name: str, value,
     if most < inf: limits.append(f"<= {most:g}")
     ok = number and least <= value <= most and (above is None or value > above)
     check(ok, " ".join([f"{name} must be a number", " and ".join(limits)]).rstrip() + f", got {value!r}")
+
+def a_pair(value, kind=(int, float)) -> bool:
+    "Whether `value` is a list or tuple of two numbers; `kind=int`: of two whole ones."
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, kind) for v in value)
 
 def check_kind(name: str, value,
                kind: type,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from .augmentation import NOT_FLIPPED
-from .core import check, check_number, check_one_of, check_whole, generator_of
+from .core import a_pair, check, check_number, check_one_of, check_whole, generator_of
 from .models import sent
 
 # %% ../nbs/051_views.ipynb #a7f5a4fe
@@ -44,7 +44,7 @@ class Views:
         check_one_of("mix", self.mix, ("cutmix", "mixup", ""))
         check_whole("pad", self.pad, 0)
         check_number("alpha", self.alpha, above=0)
-        ok = isinstance(self.scale, (list, tuple)) and len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1
+        ok = a_pair(self.scale) and 0 < self.scale[0] <= self.scale[1] <= 1
         check(ok, f"scale must be two shares of the area in (0, 1], the smaller first, got {self.scale!r}")
         object.__setattr__(self, "scale", tuple(map(float, self.scale)))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import check, check_number, check_one_of, check_whole, generator_of
+from ..core import a_pair, check, check_number, check_one_of, check_whole, generator_of
 from ..data import ImageSet, pixels
 from .relabel import Relabel, relabelled
 from .synthetic import Distiller, first_images
@@ -106,10 +106,6 @@ class _Starts:
         return [crops(self.teacher, self.data, c, n, generator_of(self.seed, "crops", c))
                 for c, n in enumerate(self.counts)]
 
-def _two(pair, kind):
-    "Whether it is a pair of such numbers."
-    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(v, kind) for v in pair)
-
 @dataclass(frozen=True)
 class SqueezeRecover(Distiller):
     "SRe2L: squeeze the data into a teacher, recover images from it, relabel views of them (Yin et al. 2023)."
@@ -136,11 +132,11 @@ class SqueezeRecover(Distiller):
         check_whole("batch", self.batch)
         check(not self.augment and not self.lr_label, f"{type(self).__name__} has views in the place of augment and "
               f"lr_label, got augment={self.augment!r}, lr_label={self.lr_label}")
-        check(_two(self.jitter, int) and self.jitter[0] <= self.jitter[1],
+        check(a_pair(self.jitter, int) and self.jitter[0] <= self.jitter[1],
               f"jitter must be two whole numbers of pixels, the smaller first, got {self.jitter!r}")
         object.__setattr__(self, "jitter", tuple(self.jitter))
         if self.crop is None: return
-        check(_two(self.crop, (int, float)) and all(0 < share <= 1 for share in self.crop),
+        check(a_pair(self.crop) and all(0 < share <= 1 for share in self.crop),
               f"crop must be two shares of the area in (0, 1], at first and at last, got {self.crop!r}")
         object.__setattr__(self, "crop", tuple(map(float, self.crop)))
 
@@ -181,7 +177,8 @@ class SqueezeRecover(Distiller):
         block, t = divmod(s.it, self.iterations)
         if t or not block: return
         self._put_aside(s)
-        s.u.data, s.u.grad = s.prepared.starts(block), None
+        s.leaves["u"] = s.prepared.starts(block).requires_grad_()      # a leaf of its own: blocks differ in size
+        opt.param_groups[0]["params"] = [s.u]
         opt.state.clear()
 
     def _put_aside(self, s):
