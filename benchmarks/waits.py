@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import pretend_gpu
+from rdd_lib.compressed import Compressed
 from rdd_lib.coresets.signals import Proxy, read, signals
 from rdd_lib.covering.distances import space_of
 from rdd_lib.covering.greedy import farthest_first
@@ -28,6 +29,8 @@ from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
+from rdd_lib.distill.relabel import Relabel
+from rdd_lib.distill.squeeze_recover import SqueezeRecover
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
 from rdd_lib.attacks.pgd import APGD, APGDT, MIFGSM, PGD
@@ -44,7 +47,9 @@ from rdd_lib.certificates.smoothing import Smoothed
 from rdd_lib.attacks.square import Square
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.squeeze import Squeeze
 from rdd_lib.training.trainer import Trainer
+from rdd_lib.views import Views
 
 GPU, NET = "cuda", Net("convnet", dict(width=2, depth=1))
 
@@ -76,7 +81,10 @@ def proxied(n): signals(data(), Proxy(NET, Trainer(steps=n, batch=12)), device=G
 
 TRAININGS = {name: training(o) for name, o in objectives().items()} | {
     "augmented": training(Standard(), augment="color_crop_cutout_flip_scale_rotate"),
-    "watched": training(Standard(), watch=lambda step: step.loss.item()), "of a proxy": proxied}
+    "watched": training(Standard(), watch=lambda step: step.loss.item()), "of a proxy": proxied,
+    "squeeze": training(Standard(), views=Views("pad"), by_epoch=True),
+    "squeeze, variant A": training(Curvature(variant="authors_cifar"), views=Views("resized")),
+    "squeeze, mixed": training(Standard(), views=Views("resized", mix="cutmix"))}
 
 TINY, SHORT = Linf(1e-6), L2(1e-6)                           # within which nothing breaks
 ATTACKS = {"pgd": lambda n: PGD(TINY, n), "pgd, l2": lambda n: PGD(SHORT, n), "mifgsm": lambda n: MIFGSM(TINY, n),
@@ -97,12 +105,41 @@ def later(make): return lambda n: make(n)(1)                 # n is not the numb
 
 EXPERTS = Experts(n=1, epochs=2, batch=12)
 
+def folder():
+    made = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, made)
+    return made
+
 @cache
 def expert_folder():
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder)
-    EXPERTS(NET, data(), 2, folder, "cpu")
-    return folder
+    made = folder()
+    EXPERTS(NET, data(), 2, made, "cpu")
+    return made
+
+# a teacher, what is recovered from it, what it says of views, and who learns that
+
+NORMED, SQUEEZE = Net("strided", dict(width=2)), Squeeze(epochs=1, batch=12)
+teachers = cache(folder)
+shown = dict(batch=12, views=Views("resized", mix="cutmix"))
+
+def recovered(**settings):
+    def run(n):
+        method = SqueezeRecover(net=NORMED, squeeze=SQUEEZE, iterations=n, relabel=None, **settings)
+        method.compress(data(), ipc=1, device=GPU, folder=teachers())
+    return run
+
+@cache
+def labels(n, store):
+    return Relabel(epochs=n, store=store, **shown)(SQUEEZE(NORMED, data(), teachers(), GPU), NORMED, data())
+
+def followed(store):
+    def run(n):
+        d = data()
+        told = Compressed(d.x, d.y, d.classes, d.name, views=labels(n, store), schedule=Relabel().student)
+        Trainer()(NORMED, told, 0, GPU)
+    return run
+
+def asked(n): Relabel(epochs=n, **shown)(SQUEEZE(NORMED, data(), teachers(), GPU), NORMED, data())
 
 def led(unit="iterations", **settings):
     def run(n):
@@ -120,7 +157,8 @@ DISTILLERS = {
     "dc of PGD-3, iteration": dc(real_objective=Adversarial(PGD(Linf(.1), 3))),
     "dd, iteration": distilled(BackpropThroughTraining),
     "dd, step of the walk": later(lambda n: distilled(BackpropThroughTraining, epochs=n, iterations=1)),
-    "tm, iteration": led(augment="crop"), "tm, student step": led("student_steps", augment="crop")}
+    "tm, iteration": led(augment="crop"), "tm, student step": led("student_steps", augment="crop"),
+    "sre2l, iteration": recovered(), "cda, iteration": recovered(crop=(1., .08))}
 
 def voted(n): Smoothed(judged()[0], .1, 10).counts(judged()[1][0], 10 * n, generator_of(0))
 
@@ -132,6 +170,9 @@ def part(n): return data().subset(range(4 * n))
 
 OTHERS = {"smoothing: batch": voted, "certify: batch": certified,
           "evaluate, no attack: batch": lambda n: evaluate(judged()[0], part(n), None, device=GPU, batch=4),
+          "relabel: epoch of three batches": asked,
+          "training: epoch of labels of views": followed("logits"),
+          "training: epoch of a teacher of views": followed("teacher"),
           "signals: batch": lambda n: read(judged()[0], part(n), None, 0, GPU, 4),
           "farthest first: centre": lambda n: farthest_first(space_of(data().x, device=GPU), n)}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from .core import BrokenFile, check, check_number, check_one_of, check_whole, digest
 from .data import ImageSet
-from .models import eval_mode, Net
+from .models import eval_mode, Net, sent
 from .views import showings, Shown, Views
 
 # %% ../nbs/052_view_labels.ipynb #8bbeb480
@@ -118,7 +118,7 @@ class ViewLabels:
            views: Tensor,       # (B, C, H, W): what the student sees
           ) -> Tensor:          # (B, K) logits, on their device
         "What the teacher says about a batch. Raises `BadArgument` where neither its answers nor it were kept."
-        if self.logits is not None: return self.logits[shown.epoch, shown.rows].to(views.device).float()
+        if self.logits is not None: return sent(views.device, self.logits[shown.epoch, shown.rows])[0].float()
         check(self.teacher is not None, "the labels of these views were not kept (store='none'): "
               "give views.teacher, the network that answers")
         return answers(self.teacher.to(views.device), views, self.teacher_mode)

@@ -6,6 +6,7 @@ precision too, in which the library reads and shows them."""
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+import pretend_gpu
 import pytest
 import torch
 import torch.nn.functional as F
@@ -399,6 +400,19 @@ def test_equal_ends_of_the_curriculum_are_sre2l(tmp_path):
     moving = find_method("cda").build("imagenette", 1, **small)
     assert (moving.least(0), moving.least(3)) == pytest.approx((1., .08))
     assert not torch.equal(moving.compress(images(), ipc=1, device="cpu", folder=tmp_path).x, a.x)
+
+
+@pytest.mark.parametrize("store", ["logits", "teacher"])
+def test_a_gpu_gives_what_a_cpu_gives(gpu, store, tmp_path):
+    "On a pretended one to the bit; a real one rounds otherwise."
+    method = replace(STORED, relabel=replace(STORED.relabel, store=store))
+    here, there = (method.compress(images(), ipc=2, device=d, folder=tmp_path / d) for d in ("cpu", gpu))
+    students = [Trainer()(NET, made, 0, d) for made, d in ((here, "cpu"), (there, gpu))]
+    pairs = [(here.x, there.x), *zip(*(student.state_dict().values() for student in students))]
+    if store == "logits": pairs.append((here.views.logits, there.views.logits))
+    for a, b in pairs:
+        a, b = a.double(), b.cpu().double()
+        assert torch.equal(a, b) if pretend_gpu.pretended() else torch.allclose(a, b, atol=.05)
 
 
 # ---- terms ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def pretended(gpu):
 
 # Waits of a step: no more than the rule of its kind says, and what is above that has a reason.
 RULES = {"training": 1, "evaluation": 1, "attack": 0, "distill": 1, "smoothing": 0, "evaluate, no attack": 0,
-         "farthest first": 1}
+         "relabel": 1, "farthest first": 1}
 MORE = {"evaluation: cw": 2,         # it leaves the ball, so it is asked which of the misclassified points lie inside
         "evaluation: fab": 6,        # likewise; which images are across the boundary, before the look and after it;
         "evaluation: fab, l2": 6,    # and two planes are solved, with a look in eight rounds each
@@ -44,7 +44,7 @@ MORE = {"evaluation: cw": 2,         # it leaves the ball, so it is asked which 
         "certify: batch": 4,         # no loop of small steps: a proof is long; labels, logits, soundness in turn
         "signals: batch": 2}         # features and logits go to the CPU batch by batch: a GPU may not hold them all
 NONE = ("inner step", "student step", "step of the walk", "standard", "curvature", "gradient", "free", "certified",
-        "noisy", "augmented")
+        "noisy", "augmented", "squeeze", "variant A", "mixed", "of views")
 
 @pytest.mark.parametrize("flow", counted.FLOWS)
 def test_waits_of_a_step(flow, pretended):

@@ -168,7 +168,8 @@ class SqueezeRecover(Distiller):
                ):
         teacher = self.squeezed(self.net, data, folder, device)
         starts = _Starts(self, teacher, data, s.counts, s.start, s.scale, seed)
-        work = _Work(teacher, norms_of(teacher), self.blocks(s.counts), starts, data, seed, s.checkpoint)
+        blocks = [y.to(device) for y in self.blocks(s.counts)]
+        work = _Work(teacher, norms_of(teacher), blocks, starts, data, seed, s.checkpoint)
         if s.it == 0: s.u.data = starts(0)
         return work
 
@@ -190,8 +191,7 @@ class SqueezeRecover(Distiller):
 
     def steps(self, s, real, data, g):
         block, t = divmod(s.it, self.iterations)
-        y = s.prepared.blocks[block].to(s.device)
-        yield [sum(self.terms(s.prepared, self.view(s.u, data.name, t, g), y))]
+        yield [sum(self.terms(s.prepared, self.view(s.u, data.name, t, g), s.prepared.blocks[block]))]
 
     def least(self, t: int) -> float:
         "The smallest share of the area that a crop shows in iteration `t`: CDA's curriculum (Yin & Shen 2024, eq. 9)."
@@ -219,7 +219,7 @@ class SqueezeRecover(Distiller):
 
     def finish(self, s):
         self._put_aside(s)
-        work, y = s.prepared, torch.cat(s.prepared.blocks)
+        work, y = s.prepared, torch.cat(s.prepared.blocks).cpu()
         made, data = {"x": s.held["x"], "y": y}, s.prepared.data
         report = {"report": {"recovered": self._ends(s, work, made)}}
         if self.relabel is None: return made | report
@@ -230,7 +230,7 @@ class SqueezeRecover(Distiller):
         "The terms of the images as bytes, block by block, and the share of them that the teacher recognises."
         found = [], [], []
         for x, y in zip(made["x"].split([len(b) for b in work.blocks]), work.blocks):
-            u, y = s.scale.normalise(pixels(x.to(s.device))), y.to(s.device)
+            u = s.scale.normalise(pixels(x.to(s.device)))
             ce, bn = self.terms(work, u, y)
             right = (work.teacher.model(u).argmax(1) == y).float().mean()
             for into, value in zip(found, (ce, bn, right)): into.append(value.item())
