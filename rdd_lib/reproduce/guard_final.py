@@ -54,8 +54,8 @@ RULES = (*(("above clean", attack, "clean", 0.) for attack in _ATTACKS),
          ("MIM and PGD100 apart", "MIM", "PGD100", 2.), ("MIM and PGD100 apart", "PGD100", "MIM", 2.))
 
 def odd_values(numbers,          # DataFrame as from `published`: percent; PGD100, Square, ... as in `guard_attacks`
-               rules=RULES,      # (what it is called, score, score that it may exceed by at most so many points, points)
-              ):                 # DataFrame: a row a finding: item, dataset, ipc, method, what, score, value, and the other
+               rules=RULES,      # (name, score, the score that it may exceed, by how many points at most)
+              ):                 # DataFrame, a row a finding: item, dataset, ipc, method, what, and both values
     "Pairs of values of one row of a table that contradict each other."
     import pandas as pd
     keys = ["item", "dataset", "ipc", "method"]
