@@ -118,8 +118,8 @@ def final_rows(data: str,            # a data set's name
             Combination("CDA+", "G", "G", cda)]
     for weight in r_bn:
         own = {"r_bn": weight}
-        rows.append(Combination(f"SRe2L, r_bn {weight:g}", changes=own))
-        rows.append(Combination(f"{plus}, r_bn {weight:g}", "G", "G", own))
-    return rows + [Combination("real images, S labels", "real"), Combination("real images, G labels", "real", "G"),
-                   Combination("real images, hard labels", "real", "hard"),
-                   Combination("SRe2L, hard labels", labels="hard"), Combination(f"{plus}, hard labels", "G", "hard")]
+        rows.append(Combination(f"SRe2L with r_bn {weight:g}", changes=own))
+        rows.append(Combination(f"{plus} with r_bn {weight:g}", "G", "G", own))
+    return rows + [Combination("real images with S labels", "real"), Combination("real images with G labels", "real", "G"),
+                   Combination("real images with hard labels", "real", "hard"),
+                   Combination("SRe2L with hard labels", labels="hard"), Combination(f"{plus} with hard labels", "G", "hard")]
