@@ -34,9 +34,10 @@ def _drawn(parts, side):
     crops, flip, partner, share, box, logits = parts
     crops = torch.as_tensor(crops, dtype=torch.float64) * side
     drawn = dict(zip(("top", "left", "height", "width"), crops.round().long().T, strict=True))
-    drawn["flip"] = torch.as_tensor(flip).bool()
-    if partner is not None: drawn["partner"] = torch.as_tensor(partner).long()
-    if share is not None: drawn["share"] = torch.tensor(float(share), dtype=torch.float64)
+    drawn["flip"] = torch.as_tensor(flip).bool().flatten()
+    if partner is not None:
+        drawn["partner"] = torch.as_tensor(partner).long().flatten()
+        drawn["share"] = torch.tensor(float(share), dtype=torch.float64)
     if box is not None: drawn["box"] = torch.tensor([int(edge) for edge in box])
     return drawn, logits, (crops - crops.round()).abs().max().item()
 
@@ -48,7 +49,7 @@ def _odd(drawn, n, side):
     inside = all((begin >= 0).all() and (long > 0).all() and (begin + long <= side).all()
                  for begin, long in ((top, height), (left, width)))
     if not inside: return "crops that lie outside of the image"
-    if "partner" not in drawn: return ""
+    if "partner" not in drawn: return "a box and no partners" if "box" in drawn else ""
     if drawn["partner"].sort().values.tolist() != [*range(n)]: return "partners that are no permutation of the batch"
     return "" if len(drawn.get("box", range(4))) == 4 else "a box that has not four edges"
 
