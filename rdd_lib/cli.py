@@ -229,6 +229,7 @@ def _show_film(pictures, made, path):
     from rdd_lib.data import show_images
     from rdd_lib.files import atomic
     first = torch.stack([rows[0] for rows in made.per_class[:20]])
+    first = first[first < len(pictures[0])]          # of what is made in blocks, the first block
     figure = show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first))
     with atomic(path) as tmp: figure.savefig(tmp, format=path.suffix[1:] or "png")
 

@@ -93,7 +93,7 @@ SQUEEZED = ("mnist5k", "--ipc", 2, "--classes", 3,
 
 
 def test_a_set_with_labels_of_views(rdd, tmp_path):
-    done = rdd("compress", "guard_sre2l", *SQUEEZED, *sets("iterations=5"), "--film", "film.png", "-o", "g")
+    done = rdd("compress", "guard_sre2l", *SQUEEZED, *sets("iterations=5", "batch=2"), "--film", "film.png", "-o", "g")
     assert done.returncode == 0 and (tmp_path / "film.png").stat().st_size > 1000, done.stderr
     assert {*os.listdir(tmp_path)} - {"store"} == {"film.png", "g"}
     assert "labels of 24 views in 144 bytes, images in 4,704" in rdd("show", "g").stdout
