@@ -18,11 +18,14 @@ EPILOG = {
                  "rdd compress mcs mnist --budget joint -k 50 --time-limit 600",
                  "rdd compress dm cifar10 --ipc 10 --set iterations=5000 --set net.name=convnet -o dm.safetensors",
                  "rdd compress guard cifar10 --ipc 10 --plan",
+                 "rdd compress guard_sre2l mnist5k --ipc 10 -o guard_sre2l.safetensors",
+                 "rdd compress sre2l imagenette --ipc 1 --size 64 --classes 5 --set net.settings.width=16",
                  "rdd compress dc mnist5k --ipc 1 --set iterations=100 --film dc.png"],
     "score": ["rdd score mcs.safetensors --train adversarial --attack paper",
               "rdd score mcs.safetensors --net resnet18 --set epochs=20 --threat linf:.05 --seeds 5",
               "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o a.csv",
               "rdd score mcs.safetensors --net mlp --train certified --certify",
+              "rdd score guard_sre2l.safetensors --train standard --attack quick",
               "rdd score res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --stats dc --net convnet"],
     "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify",
              "rdd show mcs.safetensors --picture mcs.png"],
@@ -63,7 +66,8 @@ NAMES = {
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",
-    "papers": "guard_early guard_early/adversarial guard_early/attacks guard_early/clean guard_early/fig1 "
+    "papers": "guard guard/adversarial guard/attribution guard/cost guard/imagenet guard/imagenette guard/tiny "
+               "guard/transfer guard_early guard_early/adversarial guard_early/attacks guard_early/clean guard_early/fig1 "
                "guard_early/fig2 guard_early/proposition1 guard_early/strength guard_early/table1 "
                "guard_early/table2 mat mat/main mcs mcs/algorithm1 mcs/budget mcs/example1 mcs/fig1 mcs/fig2 "
                "mcs/fig3_to_10 mcs/guarantee mcs/table1 mcs/table3 all"}
@@ -164,6 +168,9 @@ def compress(method: str = _name("methods", "a method, see `rdd list methods`"),
                  help="for mcs: seconds; Ctrl-C keeps the best so far as well"),
              gap: Optional[float] = typer.Option(None,
                  help="for mcs: stop when the bound is this near, as a part of the radius"),
+             size: Optional[int] = typer.Option(None,
+                 help="for image folders: side in pixels; default: the data set's usual one"),
+             classes: Optional[int] = typer.Option(None, help="so many classes, the first ones; default: all"),
              seed: int = typer.Option(0, help="of every draw"),
              device: str = typer.Option("auto", help=DEVICE),
              film: Optional[Path] = typer.Option(None, show_default=False, help="for distillers: a picture of the "
@@ -173,7 +180,7 @@ def compress(method: str = _name("methods", "a method, see `rdd list methods`"),
     "Compress a data set into one file, as the method's paper does for this data set and budget."
     from rdd_lib.compressor import find_method
     from rdd_lib.core import describe, lookup
-    from rdd_lib.data import DATASETS
+    from rdd_lib.data import DATASETS, load
     short = {"budget": budget, "time_limit": time_limit, "gap": gap}
     lookup(data, DATASETS, "data set")
     found = find_method(method)
@@ -183,23 +190,23 @@ def compress(method: str = _name("methods", "a method, see `rdd list methods`"),
         typer.echo(str(found), err=True)
         return typer.echo(json.dumps(describe(compressor), indent=1))
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
-    size = f"{'ipc' if ipc else budget or 'total'}{ipc or total}"
-    out = out or Path(f"{method}-{data}-{size}.safetensors")
-    _compress(compressor, method, data, dict(ipc=ipc, total=total, seed=seed, device=device), out, film)
+    out = out or Path(f"{method}-{data}-{'ipc' if ipc else budget or 'total'}{ipc or total}.safetensors")
+    images = load(data, "train", size, classes)
+    _compress(compressor, method, images, dict(ipc=ipc, total=total, seed=seed, device=device), out, film)
 
-def _compress(compressor, method, data, asked, out, film):
+def _compress(compressor, method, images, asked, out, film):
     "Make it, write it, say what came out. Whatever can be refused is refused before the work."
+    from inspect import signature
     from rdd_lib.compressed import save
     from rdd_lib.core import check
     from rdd_lib.coresets.covering import MinimalCoreset
-    from rdd_lib.data import load
     from rdd_lib.distill.synthetic import Distiller
     from rdd_lib.files import require_writable
-    images, distils = load(data), isinstance(compressor, Distiller)
+    distils, notes = isinstance(compressor, Distiller), "checkpoint" in signature(compressor.make).parameters
     compressor.counts(images, asked["ipc"], asked["total"])
     for path in filter(None, (out, film)): require_writable(path)
     check(not film or distils, f"--film is for methods that change images, {method} picks some")
-    run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if distils else {}
+    run = {"checkpoint": out.with_name(out.name + ".checkpoint")} if notes else {}
     if film: run["snapshots"] = {}
     made = compressor.compress(images, **asked, **run)
     if film: _show_film(run["snapshots"], made, film)
@@ -223,6 +230,7 @@ def _show_film(pictures, made, path):
     from rdd_lib.data import show_images
     from rdd_lib.files import atomic
     first = torch.stack([rows[0] for rows in made.per_class[:20]])
+    first = first[first < len(pictures[0])]          # of what is made in blocks, the first block
     figure = show_images(torch.cat([x[first] for x in pictures.values()]), columns=len(first))
     with atomic(path) as tmp: figure.savefig(tmp, format=path.suffix[1:] or "png")
 

@@ -64,11 +64,13 @@ def _trainer(asked, threat, S):
     return replace(with_settings(Trainer(), **outer), objective=_objective(asked, threat, S, inner))
 
 def source_of(S, split: str):
-    "The images that a compressed set was made from, or is judged by."
+    "The images that a compressed set was made from, or is judged by: in its size, and of its classes."
     known = S.name in data.DATASETS
     check(known, f"{S.name!r} is no data set that can be loaded by name: judge a set of your own from Python, "
           "evaluate(student, test, attack), or announce the data set (CONTRIBUTING)", MissingData)
-    return data.load(S.name, split)
+    size = S.shape[-1] if data.DATASETS[S.name].size else None
+    plain = tuple(map(str, range(S.n_classes)))          # the first ones, as published image folders know them
+    return data.load(S.name, split, size, S.n_classes if S.classes == plain else S.classes)
 
 def _test_images(asked, S):
     test = source_of(S, "test")
@@ -78,6 +80,13 @@ def _test_images(asked, S):
     return sample(test, n) if n else test
 
 # %% ../nbs/90_cli_score.ipynb #bfc6fade
+def _followed(trainer, S):
+    "What a set says of its students' training; empty: nothing, or they do not follow."
+    labels, rule = trainer.labels(S), S.schedule if trainer.follow else None
+    told = [", ".join(sorted(rule))] if rule else []
+    if labels: told.insert(0, f"labels of views: {labels.epochs} epochs in batches of {labels.batch}")
+    return ", and ".join(told)
+
 def _verdict(outcome):
     def told(word, w):
         lo, hi = outcome.interval(w)
@@ -123,6 +132,7 @@ def scored(S: ImageSet,    # a compressed set
     if asked.certify or asked.train == "certified": steps_of(student(S))
     say(f"{len(S)} images of {S.name}; {asked.train} training of {student.name}; {asked.attack} attack, {ball}; "
         f"{len(test)} test images")
+    if followed := _followed(trainer, S): say(f"  students follow the set's own {followed} (--set follow=False: not)")
     outcomes, floors = [], []
     for s in progress(range(asked.seeds), desc="students"):
         model = trainer(student, S, s, asked.device)

@@ -90,9 +90,10 @@ class Compressed(ImageSet):
 
 def _views_told(S):
     v, images = S.views, S.x.numel() * S.x.element_size()
-    shown = f"{v.epochs} epochs in batches of {v.batch}, seed {v.seed}, temperature {v.temperature:g}"
+    drawn = "drawn elsewhere" if v.drawn else f"seed {v.seed}"
+    shown = f"{v.epochs} epochs in batches of {v.batch}, {drawn}, temperature {v.temperature:g}"
     keeps = {"logits": f"labels of {v.epochs * len(S):,} views", "teacher": "the teacher", "none": "no labels"}
-    return f"{shown}; {keeps[v.store]} in {v.nbytes:,} bytes, images in {images:,}"
+    return f"{shown}; {keeps[v.store]} in {v.nbytes:,} bytes, images in {images:,} bytes"
 
 def _pixels_told(pixels):
     if "clipped" not in pixels: return "bytes"

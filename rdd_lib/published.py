@@ -215,8 +215,8 @@ def load_published(path: str | Path,          # a .pt or .pth file, or a folder:
     Raises `MissingData`, `BrokenFile` (also for a file that would run code), and `BadArgument` where images, labels,
     classes or statistics do not fit. Images are (N, C, H, W); they are turned where their shape is the data set's only
     as (N, H, W, C). In image files grey of 16 bits is divided by 257, what is transparent is composited on white, and
-    EXIF's orientation is applied. Not read: FKD's labels of augmented views (`epoch_*/batch_*.tar`), IDC's images of
-    several parts each (`factor` > 1: they are read as they are), KIP's `.npz`."""
+    EXIF's orientation is applied. FKD's labels of augmented views are for `rdd_lib.fkd.read_fkd`. Not read: IDC's
+    images of several parts each (`factor` > 1: they are read as they are), KIP's `.npz`."""
     path = Path(path)
     check(path.exists(), f"no such file or folder: {str(path)!r}", MissingData)
     soft = _soft_file(soft)
@@ -262,8 +262,8 @@ def _soft_file(soft):
     ok = isinstance(soft, (str, Path))
     check(ok, f"soft must be a file, a tensor, 'logits', 'probabilities' or False, got {soft!r}")
     check(not Path(soft).is_dir(), f"{str(soft)!r} is a folder; labels of augmented views (FKD's epoch_*/batch_*.tar: "
-          "crop, flip and mix of each view) belong to no image and are not read: give one row an image, such as a "
-          "teacher's logits")
+          "crop, flip and mix of each view) belong to no image; rdd_lib.fkd.read_fkd reads them. Here, give one row an "
+          "image, such as a teacher's logits")
     rows = _tensors_of(soft)
     ok = len(rows) == 1 and torch.is_tensor(rows[0])
     check(ok, f"{str(soft)!r} must hold one tensor, a row of soft labels for each image", BrokenFile)

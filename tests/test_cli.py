@@ -88,6 +88,44 @@ def test_a_film_of_the_images(rdd, tmp_path):
     assert "lrs" in load_compressed(tmp_path / "x").schedule
 
 
+SQUEEZED = ("mnist5k", "--ipc", 2, "--classes", 3,
+            *sets("relabel.epochs=4", "squeeze.epochs=1", "squeeze.after.epochs=1"))
+
+
+def test_a_set_with_labels_of_views(rdd, tmp_path):
+    done = rdd("compress", "guard_sre2l", *SQUEEZED, *sets("iterations=5", "batch=2"), "--film", "film.png", "-o", "g")
+    assert done.returncode == 0 and (tmp_path / "film.png").stat().st_size > 1000, done.stderr
+    assert {*os.listdir(tmp_path)} - {"store"} == {"film.png", "g"}
+    assert "labels of 24 views in 144 bytes, images in 4,704" in rdd("show", "g").stdout
+    for words in (["--train", "standard"], [], ["--net", "mlp"]):
+        done = rdd("score", "g", "--attack", "quick", "--n-test", 30, *words)
+        assert done.returncode == 0 and "30 test images" in done.stdout, done.stderr
+        assert "follow the set's own labels of views: 4 epochs in batches of 25, and by_epoch" in done.stdout
+    done = rdd("score", "g", "--attack", "quick", "--n-test", 30, *sets("follow=False", "steps=2"))
+    assert done.returncode == 0 and "follow" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("method, own, left", [
+    ("sre2l", ("iterations=5",), {"cut.checkpoint", "cut.checkpoint.labels"}),
+    ("relabelled", (), {"cut.checkpoint.labels"})])
+def test_an_interrupted_relabelling_goes_on_to_the_same_bytes(rdd, tmp_path, monkeypatch, method, own, left):
+    from rdd_lib.files import Checkpoint
+    words = "compress", method, *SQUEEZED, *sets(*own)
+    write = Checkpoint.write
+
+    def stop(note, tensors, **head):
+        write(note, tensors, **head)
+        if note.what == "a relabelling" and head["done"] == 2: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoint, "due", lambda note: note.path is not None)
+        m.setattr(Checkpoint, "write", stop)
+        assert rdd(*words, "-o", "cut").returncode == 130
+    assert {*os.listdir(tmp_path)} - {"store"} == left
+    for name in ("cut", "whole"): assert rdd(*words, "-o", name).returncode == 0
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert {*os.listdir(tmp_path)} - {"store"} == {"cut", "whole"}
+
+
 def test_k_means_what_the_budget_means(rdd, tmp_path):
     done = rdd("compress", "mcs", "mnist5k", "--budget", "joint", "-k", 12,
                "--gap", .3, "--time-limit", 600)                                # takes less than a second
@@ -108,6 +146,9 @@ def test_the_same_command_writes_the_same_bytes(rdd, tmp_path):
     ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"),
     ("compress random mnist5k -o x", "either ipc"), ("compress random mnist5k --ipc 1 -o .", "it is a folder"),
     ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"),
+    ("compress random mnist5k --ipc 1 --size 9 -o x", "size is for image folders (imagenette, "),
+    ("compress random mnist5k --ipc 1 --classes 11 -o x", "how many of them, got 11"),
+    ("compress cda imagenette --ipc 1 --set squeeze.after.epochs=3 -o x", "'after' is None, so there is no"),
     ("compress dm mnist5k --ipc 1 --set lr=fast -o x", "'lr' must be of type float"),
     ("compress dc mnist5k --ipc 0 -o x", "ipc must be a whole number >= 1, got 0"),
     ("compress dc mnist5k --ipc 1 --set batch_real=401 -o x", "batch_real=401 asks for more images than class 0"),

@@ -11,6 +11,7 @@ from rdd_lib.models import Net
 from rdd_lib.reproduce.guard import (CONDENSED_PLANS, CONDENSERS, Condensed, bound_of, condensed_cells, hardened,
                                      more_attacks, robustness, scoreboard, student_trainer, terms_at, attacked_at,
                                      three_attacks)
+from rdd_lib.reproduce.guard_final import guard_attacks
 from rdd_lib.reproduce.cells import made, packed, sets_of, survivors, unpacked
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.cells import dataset
@@ -59,6 +60,25 @@ def test_numbers_of_table_2(method, dataset, ipc, score, mean, sd):
     df = published("guard_early").query("item == 'table2' and method == @method and dataset == @dataset "
                                         "and ipc == @ipc and score == @score")
     assert df[["mean", "sd"]].to_numpy().tolist() == [[mean, sd]]
+
+def test_tables_of_the_final_guard_paper_are_complete():
+    df = published("guard")
+    main = df[df["item"].isin(["imagenette", "tiny", "imagenet"])]
+    assert len(main) == 6 * ((4 * 2 + 3 * 2) + 3 * 4 + 2 * 2) and {*main.method} == {"GUARD", "SRe2L", "MTT", "TESLA"}
+    assert len(df[df["item"] == "transfer"]) == 6 * (2 * 6 + 4) and len(df[df["item"] == "adversarial"]) == 6 * 2
+    assert len(df[df["item"] == "penalty"]) == 2 * 9 and len(df[df["item"] == "elsewhere"]) == 1
+    assert not df.duplicated(["item", "method", "dataset", "ipc", "score"]).any()
+    assert {*df.score} == {"clean", *[*guard_attacks()][:5]} and df["mean"].between(0, 100).all()
+
+@pytest.mark.parametrize("item, method, ipc, score, mean", [
+    ("imagenette", "GUARD", 10, "CW (as published)", 41.47), ("elsewhere", "GUARD", 10, "CW (as published)", 58.67),
+    ("imagenette", "SRe2L", 100, "Square", 19.18), ("tiny", "SRe2L", 50, "PGD100", .27),
+    ("imagenet", "GUARD", 50, "AutoAttack", 7.03), ("adversarial", "SRe2L + Adv", 10, "clean", 12.81),
+    ("transfer", "DC+", 1, "PGD100", 46.88), ("transfer", "CDA+", 50, "MIM", 33.03),
+    ("penalty", "gradient penalty 0.1", 50, "PGD100", 29.2), ("imagenette", "TESLA", 100, "AutoAttack", 28.99)])
+def test_numbers_of_the_final_guard_paper(item, method, ipc, score, mean):
+    df = published("guard").query("item == @item and method == @method and ipc == @ipc and score == @score")
+    assert df["mean"].tolist() == [mean]
 
 # --- the cell ---------------------------------------------------------------------------------------------------------
 

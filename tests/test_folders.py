@@ -175,3 +175,21 @@ def test_available_memory_is_known_or_not_limited(monkeypatch):
 class nothing:
     @staticmethod
     def read_text(): raise FileNotFoundError
+
+
+def test_a_set_of_another_size_and_some_classes_meets_its_own_test_images(nette, rdd):
+    done = rdd("compress", "mcs", "imagenette", "--ipc", 2, "--size", 12, "--classes", 2, "-o", "s")
+    assert done.returncode == 0 and "4 images of 3x12x12, 2 classes" in done.stdout, done.stderr
+    done = rdd("show", "s", "--verify")
+    assert done.returncode == 0 and "certificate verified" in done.stdout, done.stderr
+    done = rdd("score", "s", "--net", "mlp", "--n-test", 10, "--attack", "quick", "--set", "steps=1")
+    assert done.returncode == 0 and "; 10 test images" in done.stdout, done.stderr
+
+
+def test_the_source_of_a_set_is_found_by_its_classes(nette):
+    from rdd_lib.cli_score import source_of
+    part = load("imagenette", size=8, classes=["cassette player", "tench"])
+    assert source_of(part, "train").fingerprint == part.fingerprint
+    assert source_of(part, "test").classes == part.classes
+    published = replace(load("imagenette", size=8), classes=("0", "1", "2"))           # no more is known of them
+    assert len(source_of(published, "test")) == 15

@@ -116,6 +116,7 @@ def test_tables_1_and_2_of_guard_share_their_sets(page):
 
 
 TINY = ("n_test=10", "seeds=1", "iterations=2", "ipcs=1")
+SQUEEZED = ("n_test=10", "epochs=2", "iterations=2", "ipcs=1")
 OTHERS = {"mcs/algorithm1": (("patience=2",), ("algorithm1.csv", "algorithm1.png")),
           "mcs/example1": ((), ("example1.csv", "example1.png")),
           "mcs/guarantee": (("ks=1, 5",), ("guarantee.csv", "guarantee.png")),
@@ -130,6 +131,16 @@ OTHERS = {"mcs/algorithm1": (("patience=2",), ("algorithm1.csv", "algorithm1.png
                                        ("proposition1.csv", "proposition1_sigma.csv", "proposition1_mnist.png")),
           "guard_early/strength": ((*TINY, "lams=1", "sets=1, 2"),
                                    ("strength.csv", "strength_test.csv", "strength.png", "strength_pairs.png")),
+          "guard/attribution": (("n_test=10", "sets=1", "students=1", "epochs=2", "iterations=2", "images=400"),
+                                ("attribution_mnist.csv", "attribution_gains.csv", "attribution_mnist_10.png")),
+          "guard/cost": (("repeats=1",), ("cost.csv", "cost_stages.csv", "cost.png")),
+          "guard/adversarial": (("methods=SRe2L,GUARD", *SQUEEZED), ("adversarial.csv", "adversarial_boards.csv")),
+          "guard/imagenet": (("methods=SRe2L,GUARD", *SQUEEZED), ("imagenet.csv", "imagenet_imagenet.png")),
+          "guard/imagenette": (("methods=SRe2L,GUARD with r_bn 10", *SQUEEZED),
+                               ("imagenette.csv", "imagenette_gains.csv")),
+          "guard/tiny": (("methods=SRe2L,CDA+", *SQUEEZED), ("tiny.csv", "tiny_tests.csv")),
+          "guard/transfer": (("methods=SRe2L,SRe2L+,CDA,real images with S labels,SRe2L with hard labels", *SQUEEZED),
+                             ("transfer.csv", "transfer_fairness.csv", "transfer_cifar10.png")),
           "mat/main": (TINY, ("main.csv", "main_tests.csv", "main_mnist_1.png"))}
 ABOVE = {"mcs/fig1", "mcs/fig2", "mcs/table1", "mcs/table3", "mcs/budget", "mcs/fig3_to_10",
          "guard_early/table1", "guard_early/table2"}

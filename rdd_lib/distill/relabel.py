@@ -19,13 +19,10 @@ from ..files import Checkpoint
 from ..models import keep_heap, Net, sent
 from ..training.squeeze import Squeeze
 from ..training.trainer import Trainer
-from ..view_labels import rounded, sizes_of, STORES, ViewLabels
+from ..view_labels import rounded, sizes_of, STORES, STUDENT, ViewLabels
 from ..views import Views
 
 # %% ../../nbs/distill/78_relabel.ipynb #164488d1
-def _student():
-    return dict(optimizer="adamw", lr=1e-3, weight_decay=.01, decay_norms=False, schedule="cosine", by_epoch=True)
-
 @dataclass(frozen=True)
 class Relabel:
     "What students will see of a set's images, answered by a teacher (Shen & Xing 2022, FKD; Yin et al. 2023, SRe2L)."
@@ -36,7 +33,7 @@ class Relabel:
     batch: int = 100               # of it: images are mixed within a batch
     teacher_mode: str = "eval"     # or "batch": its batch norms go by the batch at hand (CV-DD, Cui et al. 2025)
     store: str = "logits"          # one of `STORES`: the answers, the teacher, or neither
-    student: dict = field(default_factory=_student)   # further settings of the student's `Trainer`
+    student: dict = field(default_factory=STUDENT.copy)   # further settings of the student's `Trainer`
 
     def __post_init__(self):
         check_one_of("store", self.store, STORES)

@@ -7,7 +7,7 @@ __all__ = ['READINGS', 'dataset', 'compressed', 'made', 'sets_of', 'set_and_test
            'Protocol', 'score', 'Row', 'students']
 
 # %% ../../nbs/reproduce/83_cells.ipynb #f047474b
-import base64, time
+import base64, re, time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import numpy as np
@@ -30,10 +30,19 @@ from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer
 
 # %% ../../nbs/reproduce/83_cells.ipynb #f25e4de1
+_NAMED = re.compile(r"(?P<name>\w+)(@(?P<size>\d+))?(,(?P<classes>\d+))?(:(?P<images>\d+))?")
+
 @lru_cache(maxsize=4)
-def dataset(name: str, split: str) -> ImageSet:
-    "`load`, remembered."
-    return load(name, split)
+def dataset(name: str,    # of a data set; "imagenette@64": at 64 pixels; "tiny_imagenet,20": its first 20 classes;
+                          # "mnist:6000": so many of its training images, stratified; or several of them, in this order
+            split: str,
+           ) -> ImageSet:
+    "`load`, remembered; of a part, where a page asks for one. Raises `BadArgument`, and what `load` raises."
+    asked = _NAMED.fullmatch(name)
+    check(asked, f"data must read name[@size][,classes][:images], got {name!r}")
+    size, classes, images = (part and int(part) for part in asked.group("size", "classes", "images"))
+    data = load(asked["name"], split, size, classes)
+    return sample(data, images) if images and split == "train" else data
 
 def compressed(data_name: str,
                method: Compressor | None,   # None: the whole training set ("Raw")

@@ -9,6 +9,7 @@ __all__ = ['SETTINGS', 'STRENGTHS', 'KEPT', 'CONDENSERS', 'CONDENSED_PLANS', 'th
            'terms_at', 'bound_of', 'attacked_at', 'feature_distances', 'bound_terms']
 
 # %% ../../nbs/reproduce/89_guard.ipynb #8c6644b7
+import re
 from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
@@ -199,8 +200,9 @@ def condensed_cells(profile: str,        # one of `CONDENSED_PLANS`
 
 # %% ../../nbs/reproduce/89_guard.ipynb #a9813a61
 def called(data: str) -> str:
-    "What the papers call a data set: mnist5k is a part of mnist."
-    return "mnist" if data == "mnist5k" else data
+    "What the papers call a data set: mnist5k is a part of mnist, tiny_imagenet@64,20 of tiny_imagenet."
+    name = re.match(r"\w+", data)[0]
+    return "mnist" if name == "mnist5k" else name
 
 def scoreboard(cells: list,      # (label, arguments of `robustness`), as from `condensed_cells`
                results: list,    # of these cells

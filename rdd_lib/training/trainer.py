@@ -136,9 +136,7 @@ class Trainer:
         model = net(data, subseed(seed, "init")).to(device, **self._layout()).train()
         opt = self._optimiser(model)
         run = _Run(self, model, data, seed, device)
-        named = describe(net) if isinstance(net, Net) else ""
-        key = digest([describe(self), named, describe(data), seed]) if checkpoint else ""
-        note = _Note(self, checkpoint, run, opt, key)
+        note = _Note(self, checkpoint, run, opt, self._key(net, data, seed) if checkpoint else "")
         done, last = note.resume(), {}
         def hear(module, inputs, logits): last["logits"] = logits.detach()
         hook = model.register_forward_hook(hear) if watch else None
@@ -159,6 +157,11 @@ class Trainer:
     def _check_number(self, loss, steps):
         check(bool(torch.isfinite(loss)),
               f"training diverged: the loss is {loss.item()} after {steps} steps with lr={self.lr}; try a smaller lr")
+
+    def _key(self, net, data, seed):
+        "All that decides a training: the labels of a set's views too, which its name says nothing of."
+        labels, named = self.labels(data), describe(net) if isinstance(net, Net) else ""
+        return digest([describe(self), named, describe(data), seed, labels.head() if labels else None])
 
     def _layout(self): return {"memory_format": torch.channels_last} if self.channels_last else {}
 
