@@ -101,8 +101,9 @@ def test_one_file_has_it_all(published, tmp_path):
     assert type(S.subset([1, 2])) is type(sample(S, 10)) is ImageSet
     other = again.views.drawn | {"rows": again.views.drawn["rows"] * 0}
     broken = replace(again, views=None)
+    with pytest.raises(BadArgument, match="answer to other views"): replace(again.views, drawn=other)
     with pytest.raises(BadArgument, match="every image once an epoch"):
-        replace(broken, views=replace(again.views, drawn=other))
+        replace(broken, views=replace(again.views, drawn=other, seal=""))
 
 
 def test_a_part_of_it(published):
