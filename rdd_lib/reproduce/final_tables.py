@@ -120,6 +120,6 @@ def final_rows(data: str,            # a data set's name
         own = {"r_bn": weight}
         rows.append(Combination(f"SRe2L with r_bn {weight:g}", changes=own))
         rows.append(Combination(f"{plus} with r_bn {weight:g}", "G", "G", own))
-    return rows + [Combination("real images with S labels", "real"), Combination("real images with G labels", "real", "G"),
-                   Combination("real images with hard labels", "real", "hard"),
-                   Combination("SRe2L with hard labels", labels="hard"), Combination(f"{plus} with hard labels", "G", "hard")]
+    real = [Combination(f"real images with {labels} labels", "real", labels) for labels in ("S", "G", "hard")]
+    return rows + real + [Combination("SRe2L with hard labels", labels="hard"),
+                          Combination(f"{plus} with hard labels", "G", "hard")]
