@@ -80,7 +80,7 @@ def test_budget_has_a_curve_for_every_method(page):
 
 
 def test_curves_have_all_three_judges_for_all_three_ways_of_training(page):
-    folder = page("mcs/fig3_to_10", "n_test=20", "seeds=1", "methods=Raw,Rand,MCS (l2)", "ipcs=10")
+    folder = page("mcs/fig3_to_10", "n_test=20", "seeds=1", "steps=10", "methods=Raw,Rand,MCS (l2)", "ipcs=10")
     table = pd.read_csv(folder / "fig3_to_10.csv")
     assert len(table) == 3 * (1 + 2) and set(table.trained) == {"standard", "linf", "l2"}
     for judge in ("clean", "linf", "l2"): assert within(table, judge)
@@ -90,10 +90,10 @@ def test_curves_have_all_three_judges_for_all_three_ways_of_training(page):
 
 
 def test_table3_takes_its_cells_from_the_curves(page):
-    page("mcs/fig3_to_10", "n_test=20", "seeds=1", "methods=Raw,Rand", "ipcs=2")
+    page("mcs/fig3_to_10", "n_test=20", "seeds=1", "steps=10", "methods=Raw,Rand", "ipcs=2")
     before = cells("three_scores-*.json")
     assert len(before) == 6
-    folder = page("mcs/table3", "n_test=20", "seeds=1", "methods=Raw,Rand", "ipc=2")
+    folder = page("mcs/table3", "n_test=20", "seeds=1", "steps=10", "methods=Raw,Rand", "ipc=2")
     assert cells("three_scores-*.json") == before
     table = pd.read_csv(folder / "table3.csv")
     assert len(table) == 2 * 3 * 3 and (table[table.method == "DM"].note == "not run").all()

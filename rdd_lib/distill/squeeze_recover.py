@@ -152,7 +152,7 @@ class SqueezeRecover(Distiller):
 
     # Blocks, one after the other
     def blocks(self, counts: list[int]) -> list[Tensor]:   # the labels of each block
-        "Image number 0 of each class, then number 1, ...: so a smaller set is the beginning of a larger one."
+        "Image number 0 of each class, then number 1, ...: in rounds, a smaller set is the beginning of a larger one."
         rounds = [torch.tensor([c for c, n in enumerate(counts) if n > j]) for j in range(max(counts))]
         if self.images == "joint": rounds = [torch.cat(rounds)]
         return [block for labels in rounds for block in labels.split(self.batch)]
@@ -227,12 +227,12 @@ class SqueezeRecover(Distiller):
 
     @torch.no_grad()
     def _ends(self, s, work, made):
-        "The terms of the images as bytes, block by block, and the share of them that the teacher recognises."
+        "Means over the images, as bytes: the terms of their blocks, and how many the teacher recognises."
         found = [], [], []
         for x, y in zip(made["x"].split([len(b) for b in work.blocks]), work.blocks):
             u = s.scale.normalise(pixels(x.to(s.device)))
             ce, bn = self.terms(work, u, y)
             right = (work.teacher.model(u).argmax(1) == y).float().mean()
-            for into, value in zip(found, (ce, bn, right)): into.append(value.item())
-        ce, bn, right = (sum(values) / len(values) for values in found)
+            for into, value in zip(found, (ce, bn, right)): into.append(value.item() * len(x) / len(made["x"]))
+        ce, bn, right = map(sum, found)
         return {"cross_entropy": ce, "bn_term": bn / self.r_bn if self.r_bn else None, "recognised": right}

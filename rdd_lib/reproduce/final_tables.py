@@ -6,6 +6,7 @@
 __all__ = ['FOLDERS', 'ClampedAdversarial', 'teachers', 'settings_of', 'final_plan', 'final_rows']
 
 # %% ../../nbs/reproduce/893_final_tables.ipynb #adfa4f70
+import re
 from dataclasses import dataclass, replace
 from ..attacks.pgd import PGD
 from ..attacks.threats import Linf
@@ -88,19 +89,19 @@ def settings_of(data: str,       # a data set's name
 def final_plan(data: str,         # the data set's name in the paper
                profile: str,      # "smoke", "cpu" or "paper"
                source: str,       # the data set that stands for it
-               eps: float = 1 / 255,   # radius of the attacks, pixels
+               eps: float = 1 / 255,   # radius of the attacks, pixels; adversarial squeezes have four times it
                settings=None,     # of `SqueezeRecover`, over the profile's
                **changes,         # of the plan: sets=, students=, ipcs=, ...
               ) -> Squeezed:
     "A page's plan: the paper's attacks, beside stronger ones."
     size = {"smoke": dict(ipcs=(1, 10), students=1, n_test=100), "cpu": dict(students=2, n_test=200),
             "paper": dict(ipcs=(1, 10, 50), sets=3, students=1)}[profile]
-    strength = "smoke" if profile == "smoke" else profile
-    attacks = guard_attacks(eps, strength, values=_values(data, profile))
+    attacks = guard_attacks(eps, profile, values=_values(data, profile))
     part = _PARTS.get(profile, {}).get(data, source)
+    name = re.match(r"\w+", part)[0]                          # the data set that is attacked: units are its own
     shared = dict(sets=3 if profile == "cpu" and data not in FOLDERS else 1, own_teachers=False)
     recover = SqueezeRecover(**settings_of(data, profile) | (settings or {}))
-    return Squeezed(part, recover, teachers(data, 4 * eps), attacks, **shared | size | changes)
+    return Squeezed(part, recover, teachers(name, 4 * eps), attacks, **shared | size | changes)
 
 def _values(data, profile):
     "Pixel values of an image."

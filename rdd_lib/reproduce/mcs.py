@@ -288,11 +288,13 @@ def curve_cells(profile: str,         # "smoke", "cpu" or "paper"
                 q: str = "assigned",      # its weights: "assigned", or "ball" as Definition 5 counts them
                 device: str = "auto",
                 trained=TRAINED,
+                steps: int = 0,       # of SGD, at most; 0: the plan's
                 **changes,            # of the protocol: n_test=, train_steps=, ...
                ) -> list[tuple[Row, dict]]:
     "The cells of `three_scores`, each with the row it belongs to."
     plan, train = curve_plan(profile, data), dataset(data, "train")
     plan = replace(plan, mcs=replace(plan.mcs, weights=q))
+    if steps: plan = replace(plan, most_steps=steps, raw_steps=steps)
     protocol, rows = replace(plan.protocol, **changes), {r.label: r for r in curve_rows(plan)}
     cells = []
     for row in (lookup(n, rows, "row") for n in labels or rows):

@@ -42,7 +42,7 @@ class Squeezed:
     objectives: dict                # teacher -> what the last stage of its squeeze minimises
     attacks: dict                   # name -> Attack
     ipcs: tuple = (10,)             # images per class
-    sets: int = 1                   # of each row, each of teachers of its own
+    sets: int = 1                   # of each row, each of teachers of its own, unless `own_teachers` is False
     students: int = 2               # of each set
     n_test: int | None = None       # stratified test images; None: all
     own_teachers: bool = True       # False: the sets share one teacher of each kind
@@ -191,8 +191,8 @@ def gains(cells, results,
         for s in scores: by_set.setdefault((c["ipc"], label, s), {}).setdefault(c["set_seed"], []).append(100 * r[s])
     found = []
     for (ipc, label, s), mine in by_set.items():
-        if label == reference: continue
-        base = by_set[ipc, reference, s]
+        base = by_set.get((ipc, reference, s))
+        if label == reference or base is None: continue
         told = summary([np.mean(values) - np.mean(base[k]) for k, values in mine.items()])
         found.append({"ipc": ipc, "method": label, "score": s, "gain": told.mean, "gain_lo": told.lo,
                       "gain_hi": told.hi, "sets": told.n})

@@ -22,7 +22,7 @@ from ..views import Views
 class Squeeze:
     """A teacher, trained on the real data (SRe2L, Yin et al. 2023, section 3.1): GUARD is its `objective`.
 
-    Kept under what it is made of; the same settings, network and data give the same bytes."""
+    Kept under what it is made of; the same settings, network, data and kind of device give the same bytes."""
     objective: object = Standard()   # what it minimises; `Curvature(...)` for GUARD, `Adversarial(...)`, `Trades(...)`
     epochs: int = 200
     lr: float = .1                   # falls to 0 by a cosine, from epoch to epoch
