@@ -208,6 +208,7 @@ def scoreboard(cells: list,      # (label, arguments of `robustness`), as from `
                results: list,    # of these cells
                theirs,           # DataFrame as from `published`, with a column ipc; one item, or empty
                scores,           # "clean" and attacks, in the order of the table
+               can_run=tuple(CONDENSERS),   # methods that the library has
               ):                 # DataFrame as from `standings`
     "Ours beside the published numbers; what is published and was not run stays in the table, and says so."
     import pandas as pd
@@ -215,7 +216,7 @@ def scoreboard(cells: list,      # (label, arguments of `robustness`), as from `
     for (label, c), r in zip(cells, results, strict=True):
         row = {"dataset": called(c["data"]), "ipc": c["ipc"], "method": label, "n_test": r["n_test"]}
         rows += [row | {"score": s, "value": r[s], "hits": r[f"{s}_hits"]} for s in scores]
-    return standings(pd.DataFrame(rows), theirs, scores, ("dataset", "ipc", "method"), (), CONDENSERS)
+    return standings(pd.DataFrame(rows), theirs, scores, ("dataset", "ipc", "method"), (), can_run)
 
 def students_of(cells: list, results: list) -> dict:   # (data, ipc, label) -> results, one a student
     found = {}
