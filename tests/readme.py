@@ -44,7 +44,7 @@ def the_map():
     paths = [p for p in NBS.rglob("[!.]*.ipynb") if not p.parent.name.startswith(".")]
     folders = {p.parent for p in paths}
     first = {folder: min(p.name for p in paths if p.parent == folder) for folder in folders}
-    for folder in sorted(folders, key=lambda f: ("papers" in f.parts, first[f])):
+    for folder in sorted(folders, key=lambda f: ("papers" in f.parts, first[f], f.as_posix())):
         name = "the ground, and the doors" if folder == NBS else folder.relative_to(NBS).as_posix()
         lines += ["", f"## {name}", "", "| notebook | |", "|---|---|"]
         for path in sorted(p for p in paths if p.parent == folder):

@@ -572,7 +572,7 @@ def test_the_list_says_where_each_method_comes_from(rdd):
 
 
 def test_each_method_runs_from_the_command_line(rdd, tmp_path, monkeypatch, mnist5k):
-    monkeypatch.setattr("rdd_lib.data.load", lambda name: mnist5k)                           # read once for all
+    monkeypatch.setattr("rdd_lib.data.load", lambda *how: mnist5k)                           # read once for all
     monkeypatch.setenv("RDD_STORE", str(tmp_path / "cells"))
     for name in NAMES:
         small = ["--set", "proxy.net.name=mlp", "--set", "proxy.trainer.epochs=2"] if name in SIGNAL else []

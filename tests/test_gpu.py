@@ -55,6 +55,7 @@ from rdd_lib.certificates.smoothing import Smoothed
 from rdd_lib.evaluation.sandwich import sandwich_smoothed
 from rdd_lib.attacks.threats import L2, Linf
 from rdd_lib.training.objectives import OBJECTIVES, objective_of
+from rdd_lib.training.squeeze import Squeeze
 from rdd_lib.training.trainer import Trainer
 
 NET = Net("convnet", dict(width=4, depth=2))
@@ -124,7 +125,7 @@ def digits(monkeypatch, train, test):
     sets = {"train": train, "test": test}
     for place in ("rdd_lib.data.load", "rdd_lib.reproduce.cells.dataset", "rdd_lib.reproduce.mcs.dataset",
                   "rdd_lib.reproduce.guard.dataset"):
-        monkeypatch.setattr(place, lambda name, split="train": sets[split])
+        monkeypatch.setattr(place, lambda name, split="train", *part, **how: sets[split])
 
 def moved(data, device): return replace(data, x=data.x.to(device), y=data.y.to(device))
 
@@ -364,6 +365,9 @@ def small(name):
         objective = method.experts.objective
         if hasattr(objective, "attack"): objective = replace(objective, attack=replace(objective.attack, steps=2))
         settings["experts"] = replace(method.experts, n=1, epochs=1, batch=30, objective=objective)
+    if hasattr(method, "squeeze"):                                          # batch norm, and what keeps it short
+        settings |= dict(net=Net("strided", dict(width=4)), squeeze=Squeeze(epochs=1, lr=.01, batch=10),
+                         relabel=replace(method.relabel, epochs=2, batch=5))
     return replace(method, **{k: v for k, v in settings.items() if k in known})
 
 
