@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .core import BrokenFile, check, check_number, check_one_of, check_whole, digest
 from .data import ImageSet
 from .models import eval_mode, Net, sent
-from .views import check_tensors, from_tensors, showings, Shown, Views
+from .views import batch_sizes, check_tensors, from_tensors, showings, Shown, Views
 
 # %% ../nbs/052_view_labels.ipynb #8bbeb480
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def sizes_of(n: int,       # how many images there are
              batch: int,   # images in a batch
             ) -> list[int]:
     "How many images each batch of an epoch holds; one that is left over is joined to the batch before."
-    sizes = [batch] * (n // batch) + [n % batch] * (n % batch > 0)
+    sizes = batch_sizes(n, batch)
     if len(sizes) > 1 and sizes[-1] == 1: sizes[-2:] = [sizes[-2] + 1]
     return sizes
 

@@ -26,9 +26,9 @@ from rdd_lib.published import load_compressed
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.training.distil import Distil
 from rdd_lib.training.squeeze import Squeeze
-from rdd_lib.training.trainer import batch_sizes, Trainer
+from rdd_lib.training.trainer import Trainer
 from rdd_lib.view_labels import ViewLabels
-from rdd_lib.views import showings, Views
+from rdd_lib.views import batch_sizes, showings, Views
 
 NET, SIDE = Net("strided", dict(width=2)), 8
 

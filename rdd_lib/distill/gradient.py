@@ -16,7 +16,7 @@ from ..core import check, check_whole, drawn, generator_of
 from .synthetic import ClassMatching
 from ..models import sent
 from ..training.objectives import Standard, trait
-from ..training.trainer import batch_sizes
+from ..views import batch_sizes
 
 # %% ../../nbs/distill/72_gradient.ipynb #556e9ff9
 def distance(own: list[Tensor],    # gradients of the weights from synthetic images: (rows, ...), differentiable

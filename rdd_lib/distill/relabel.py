@@ -14,12 +14,12 @@ from torch import nn
 from ..compressor import Compressor
 from ..core import check, check_one_of, digest, progress, subseed
 from ..coresets.random import Random
-from ..data import ImageSet, pixels
+from ..data import as_bytes, ImageSet, pixels
 from ..files import Checkpoint
 from ..models import keep_heap, Net, sent
 from ..training.squeeze import Squeeze
 from ..training.trainer import Trainer
-from ..view_labels import rounded, sizes_of, STORES, STUDENT, ViewLabels
+from ..view_labels import answers, rounded, sizes_of, STORES, STUDENT, ViewLabels
 from ..views import Views
 
 # %% ../../nbs/distill/78_relabel.ipynb #164488d1
@@ -66,9 +66,9 @@ class Relabel:
 def _check_width(asked, data):
     "A teacher of other classes is refused before the work."
     x = pixels(data.x[:2].to(next(asked.teacher.parameters()).device))
-    answers = asked.teacher.eval()(x)
-    check(answers.shape[1:] == (data.n_classes,), f"the teacher must answer with {data.n_classes} logits, one for each "
-          f"class of {data.name}, got {tuple(answers.shape[1:])}")
+    width = tuple(answers(asked.teacher, x).shape[1:])
+    check(width == (data.n_classes,), f"the teacher must answer with {data.n_classes} logits, one for each class of "
+          f"{data.name}, got {width}")
 
 def _logits(asked, data, checkpoint):   # (epochs, N, K) float16
     "The answers, epoch by epoch."
@@ -118,7 +118,7 @@ def relabelled(made: dict,          # "x": images, bytes or pixels in [0, 1]; "y
                checkpoint=None,
               ) -> dict:            # x as bytes, views, schedule
     "What relabelling adds to the fields of a `Compressed`."
-    x = made["x"] if made["x"].dtype == torch.uint8 else (made["x"] * 255).round().byte()
+    x = as_bytes(made["x"])
     images = ImageSet(x, made["y"], data.classes, data.name, data.split)
     beside = checkpoint and Path(checkpoint).with_name(Path(checkpoint).name + ".labels")
     labels = method.relabel(teacher, method.net, images, subseed(seed, "views"), beside)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import a_pair, check, check_number, check_one_of, check_whole, generator_of
-from ..data import ImageSet, pixels
+from ..data import as_bytes, ImageSet, pixels
 from .relabel import Relabel, relabelled
 from .synthetic import Distiller, first_images
 from ..models import frozen, Net
@@ -65,7 +65,7 @@ def crops(teacher: nn.Module,
         losses.append(torch.cat([losses_at(teacher, v, v.new_full((len(v),), c).long()) for v in shown[-1].split(250)]))
     best, which = torch.stack(losses).min(0)
     picked = torch.stack(shown)[which, torch.arange(len(x), device=device)][best.argsort(stable=True)[:n]]
-    return (picked * 255).round().byte()
+    return as_bytes(picked)
 
 # %% ../../nbs/distill/79_squeeze_recover.ipynb #455223fa
 @dataclass
@@ -82,7 +82,7 @@ class _Work:
 class _Starts:
     "Where the images of a block begin, normalised: noise, real images, crops of them, an earlier set."
     def __init__(self, method, teacher, data, counts, start, scale, seed):
-        self.method, self.teacher, self.data, self.start = method, teacher, data, start
+        self.teacher, self.data, self.start = teacher, data, start
         self.blocks, self.counts, self.scale, self.seed = method.blocks(counts), counts, scale, seed
         self.pool = None
 
@@ -98,13 +98,11 @@ class _Starts:
 
     def _pool(self):
         "For each class, as many starting images as it needs."
-        if self.start == "chosen": return self._chosen()
+        if self.start == "chosen":
+            return [crops(self.teacher, self.data, c, n, generator_of(self.seed, "crops", c))
+                    for c, n in enumerate(self.counts)]
         x, y = first_images(self.data, self.counts, self.start, self.scale, self.seed)
-        return [(self.scale.pixels(x[y == c]) * 255).round().byte() for c in range(self.data.n_classes)]
-
-    def _chosen(self):
-        return [crops(self.teacher, self.data, c, n, generator_of(self.seed, "crops", c))
-                for c, n in enumerate(self.counts)]
+        return [as_bytes(self.scale.pixels(x[y == c])) for c in range(self.data.n_classes)]
 
 @dataclass(frozen=True)
 class SqueezeRecover(Distiller):
@@ -183,7 +181,7 @@ class SqueezeRecover(Distiller):
         opt.state.clear()
 
     def _put_aside(self, s):
-        made = (s.scale.pixels(s.u.detach()) * 255).round().byte().cpu()
+        made = as_bytes(s.scale.pixels(s.u.detach())).cpu()
         s.held = {"x": torch.cat([s.held["x"], made]) if s.held else made}
 
     def optimiser(self, s, groups): return torch.optim.Adam(groups, betas=(self.momentum, .9))
@@ -220,10 +218,10 @@ class SqueezeRecover(Distiller):
     def finish(self, s):
         self._put_aside(s)
         work, y = s.prepared, torch.cat(s.prepared.blocks).cpu()
-        made, data = {"x": s.held["x"], "y": y}, s.prepared.data
+        made = {"x": s.held["x"], "y": y}
         report = {"report": {"recovered": self._ends(s, work, made)}}
         if self.relabel is None: return made | report
-        return made | relabelled(made, work.teacher, self, data, work.seed, work.checkpoint) | report
+        return made | relabelled(made, work.teacher, self, work.data, work.seed, work.checkpoint) | report
 
     @torch.no_grad()
     def _ends(self, s, work, made):

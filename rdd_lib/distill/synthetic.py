@@ -16,7 +16,7 @@ from ..augmentation import DSA, OPERATIONS, Scale
 from ..compressor import Compressor
 from ..core import (check, check_number, check_whole, describe, device_of, digest, generator_of, lookup,
                           progress, subseed)
-from ..data import ImageSet, pixels
+from ..data import as_bytes, ImageSet, pixels
 from ..files import Checkpoint
 from ..models import check_precision, in_precision, keep_heap, Net, numbers, one_look, onto, sent, takes_one
 from ..published import load_compressed
@@ -225,7 +225,7 @@ class Story:
 
     def look(self, s: State, it: int, last: int) -> None:
         if self.pictures is None or it > last or it & (it - 1) and it != last: return
-        self.pictures[it] = (s.scale.pixels(s.u.detach()) * 255).round().byte().cpu()
+        self.pictures[it] = as_bytes(s.scale.pixels(s.u.detach())).cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         pictures = {f"story.picture.{it}": x for it, x in (self.pictures or {}).items()}

@@ -16,7 +16,7 @@ from ..core import check, check_whole, lookup
 from .experts import Experts
 from .synthetic import Distiller
 from ..models import Net, sent
-from ..training.trainer import batch_sizes
+from ..views import batch_sizes
 from ..training.unrolled import functional, share_of_loss, unroll, UNROLLED
 
 # %% ../../nbs/distill/74_trajectory.ipynb #aa705932
