@@ -101,7 +101,7 @@ def test_table3_takes_its_cells_from_the_curves(page):
 
 
 def test_tables_1_and_2_of_guard_share_their_sets(page):
-    small = ("n_test=20", "seeds=2", "iterations=2", "methods=DC,MTT")
+    small = ("datasets=mnist:400", "n_test=20", "seeds=1", "iterations=2", "methods=DC,MTT")
     folder = page("guard_early/table1", *small)
     table = pd.read_csv(folder / "table1.csv")
     assert len(table) == 20 and table[table.ours.notna()].method.tolist() == ["DC", "DC", "MTT", "MTT"]
@@ -116,7 +116,7 @@ def test_tables_1_and_2_of_guard_share_their_sets(page):
     assert len(tests) == 7 and (folder / "table2_mnist_10.png").exists()
 
 
-TINY = ("n_test=10", "seeds=1", "iterations=2", "ipcs=1")
+TINY = ("datasets=mnist:400", "n_test=10", "seeds=1", "iterations=2", "ipcs=1")
 SQUEEZED = ("n_test=10", "epochs=2", "iterations=2", "ipcs=1", "attacks=PGD100,MIM")
 OTHERS = {"mcs/algorithm1": (("patience=2",), ("algorithm1.csv", "algorithm1.png")),
           "mcs/example1": ((), ("example1.csv", "example1.png")),
@@ -128,9 +128,9 @@ OTHERS = {"mcs/algorithm1": (("patience=2",), ("algorithm1.csv", "algorithm1.png
           "guard_early/clean": (TINY, ("clean.csv", "clean_mnist_1.png")),
           "guard_early/fig1": (("iterations=2",), ("fig1.csv", "fig1.png", "fig1_way.png", "fig1_loss.png")),
           "guard_early/fig2": (("iterations=2", "methods=DC", "ipc=2", "epochs=1"), ("fig2.csv", "fig2_mnist_DC.png")),
-          "guard_early/proposition1": (("steps=10", "seeds=1", "n_test=10", "methods=DM", "lams=1"),
+          "guard_early/proposition1": (("datasets=mnist:400", "steps=10", "seeds=1", "n_test=10", "methods=DM", "lams=1"),
                                        ("proposition1.csv", "proposition1_sigma.csv", "proposition1_mnist.png")),
-          "guard_early/strength": ((*TINY, "lams=1", "sets=1, 2"),
+          "guard_early/strength": ((*TINY[1:], "lams=1", "sets=1, 2"),
                                    ("strength.csv", "strength_test.csv", "strength.png", "strength_pairs.png")),
           "guard/attribution": (("n_test=10", "sets=1", "students=1", "epochs=2", "iterations=2", "images=400"),
                                 ("attribution_mnist.csv", "attribution_gains.csv", "attribution_mnist_10.png")),

@@ -41,15 +41,17 @@ class Page:
         "The data set that stands for the paper's in this profile: `smoke` needs no download."
         return "mnist5k" if (self.profile, data) == ("smoke", "mnist") else data
 
-    def sources(self, asked,   # the paper's data sets; empty: what the profile says
+    def sources(self, asked,   # the paper's data sets, "mnist:400" for so many of its training images; empty: what
+                               # the profile says
                 **usual,       # profile -> data sets; where it is not named: mnist
                ) -> dict:      # the paper's name -> ours
         "The data sets that are at hand. The others are left out, and it is said so."
         found = {}
-        for name in list(asked) or usual.get(self.profile, ["mnist"]):
-            try: print(name, "->", *(dataset(self.source(name), split) for split in ("train", "test")))
+        for name, sep, images in (one.partition(":") for one in list(asked) or usual.get(self.profile, ["mnist"])):
+            part = self.source(name) + sep + images
+            try: print(name, "->", *(dataset(part, split) for split in ("train", "test")))
             except MissingData as e: print(f"{name} is left out: {e}")
-            else: found[name] = self.source(name)
+            else: found[name] = part
         return found
 
     def run(self, cells,           # arguments of `fn`, each alone or at the end of a tuple
