@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import a_pair, check, check_number, check_one_of, check_whole, generator_of
 from ..data import as_bytes, ImageSet, pixels
-from .relabel import Relabel, relabelled
+from .relabel import as_made, Relabel, relabelled
 from .synthetic import Distiller, first_images
 from ..models import frozen, Net
 from ..training.curvature import losses_at
@@ -142,6 +142,16 @@ class SqueezeRecover(Distiller):
     def squeezed(self) -> Squeeze:
         "The squeeze, with the objective that was asked for."
         return self.squeeze if self.objective is None else replace(self.squeeze, objective=self.objective)
+
+    @property
+    def unlabelled(self): return None if self.relabel is None else replace(self, relabel=None)
+
+    def make(self, data, counts, seed, device,
+             images=None,          # the set of `unlabelled`; None: it is recovered
+             **run):
+        if images is None: return super().make(data, counts, seed, device, **run)
+        made, teacher = as_made(images), self.squeezed(self.net, data, run.get("folder"), device)
+        return made | relabelled(made, teacher, self, data, seed, run.get("checkpoint"))
 
     def fits(self, data, counts):
         check(norms_of(self.net(data, 0)),

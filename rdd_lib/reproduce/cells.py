@@ -59,6 +59,7 @@ def compressed(data_name: str,
     def make(path):
         resumes = path and isinstance(method, Distiller)                    # a killed run goes on where it was
         run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if resumes else {}
+        if method.unlabelled: run["images"] = compressed(data_name, method.unlabelled, ipc, seed, device)
         return method.compress(data, ipc=ipc, seed=seed, device=device, **run)
     return remembered(path, "the compressed set", load_compressed, make, save)
 
@@ -70,11 +71,12 @@ def made(data: str, method: Compressor, ipc: int, set_seed: int = 0, device: str
     return {"images": len(S), "set": S.fingerprint}
 
 def sets_of(cells: list[dict]) -> list[dict]:   # arguments of `made`
-    "The different sets that the cells need."
+    "The different sets that the cells need, images before the same images with labels of views."
     needed = []
     for c in cells:
-        one = {k: c[k] for k in ("data", "method", "ipc", "set_seed", "device") if k in c}
-        if c["method"] is not None and one not in needed: needed.append(one)
+        one = {k: c[k] for k in ("data", "ipc", "set_seed", "device") if k in c}
+        for method in filter(None, (c["method"] and c["method"].unlabelled, c["method"])):
+            if (asked := one | {"method": method}) not in needed: needed.append(asked)
     return needed
 
 # %% ../../nbs/reproduce/83_cells.ipynb #5372128c
