@@ -71,13 +71,14 @@ def made(data: str, method: Compressor, ipc: int, set_seed: int = 0, device: str
     return {"images": len(S), "set": S.fingerprint}
 
 def sets_of(cells: list[dict]) -> list[dict]:   # arguments of `made`
-    "The different sets that the cells need, images before the same images with labels of views."
+    "The different sets that the cells need; images that two of them label anew come before both."
     needed = []
     for c in cells:
-        one = {k: c[k] for k in ("data", "ipc", "set_seed", "device") if k in c}
-        for method in filter(None, (c["method"] and c["method"].unlabelled, c["method"])):
-            if (asked := one | {"method": method}) not in needed: needed.append(asked)
-    return needed
+        one = {k: c[k] for k in ("data", "method", "ipc", "set_seed", "device") if k in c}
+        if c["method"] is not None and one not in needed: needed.append(one)
+    images = [one | {"method": one["method"].unlabelled} for one in needed if one["method"].unlabelled]
+    shared = [one for n, one in enumerate(images) if one in images[:n] or one in needed]
+    return [one for n, one in enumerate(shared + needed) if one not in (shared + needed)[:n]]
 
 # %% ../../nbs/reproduce/83_cells.ipynb #5372128c
 def set_and_test(data: str,
