@@ -107,7 +107,7 @@ def final_plan(data: str,         # the data set's name in the paper
     attacks = guard_attacks(eps, profile, values=_values(data, profile))
     part = part_of(data, profile)
     name = re.match(r"\w+", part)[0]                          # the data set that is attacked: units are its own
-    shared = dict(sets=3 if profile == "cpu" and data not in FOLDERS else 1, own_teachers=False)
+    shared = dict(sets=3 if profile == "cpu" and data not in FOLDERS else 1, own_teachers=False, rates={"MART": .1})
     recover = SqueezeRecover(**settings_of(data, profile) | (settings or {}))
     return Squeezed(part, recover, teachers(name, 4 * eps), attacks, **shared | size | changes)
 

@@ -49,14 +49,15 @@ class Squeezed:
     students: int = 2               # of each set
     n_test: int | None = None       # stratified test images; None: all
     own_teachers: bool = True       # False: the sets share one teacher of each kind
+    rates: dict = field(default_factory=dict)   # teacher -> learning rate of that last stage, over the others'
 
     def teacher(self, name: str,
                 k: int,                          # number of the set
                 squeeze: Squeeze | None = None,  # None: that of `recover`
                ) -> Squeeze:
-        "The squeeze of a teacher: only the objective of its last stage is its own."
+        "The squeeze of a teacher: only the last stage is its own, in objective and, where `rates` says so, rate."
         found = squeeze or self.recover.squeeze
-        last = replace(found, objective=lookup(name, self.objectives, "teacher"))
+        last = replace(found, objective=lookup(name, self.objectives, "teacher"), lr=found.lr * self.rates.get(name, 1))
         return _seeded(last, k if self.own_teachers else 0)
 
     def compressor(self, row: Combination, k: int) -> Compressor:
