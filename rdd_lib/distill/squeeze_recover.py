@@ -147,11 +147,12 @@ class SqueezeRecover(Distiller):
     def unlabelled(self): return None if self.relabel is None else replace(self, relabel=None)
 
     def make(self, data, counts, seed, device,
+             checkpoint=None,
              images=None,          # the set of `unlabelled`; None: it is recovered
              **run):
-        if images is None: return super().make(data, counts, seed, device, **run)
+        if images is None: return super().make(data, counts, seed, device, checkpoint=checkpoint, **run)
         made, teacher = as_made(images), self.squeezed(self.net, data, run.get("folder"), device)
-        return made | relabelled(made, teacher, self, data, seed, run.get("checkpoint"))
+        return made | relabelled(made, teacher, self, data, seed, checkpoint)
 
     def fits(self, data, counts):
         check(norms_of(self.net(data, 0)),

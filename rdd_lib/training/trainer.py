@@ -211,7 +211,7 @@ class Trainer:
         check(len(data) > 1,
               f"batch norm of this network cannot be trained on one image, and {data.name} has no more; "
               "take another norm")
-        return [*sizes[:-2], sizes[-2] + 1]
+        return sizes_of(len(data), self.batch)
 
     def labels(self, data) -> ViewLabels | None:
         "A teacher's labels of views, where the set has them and these settings follow."
