@@ -287,8 +287,8 @@ def test_compare_refuses():
 def test_power_is_the_sum_over_all_outcomes(n, d, psi, mid):
     slow, q = 0., (psi - d) / (2 * psi)
     for m in range(n + 1):
-        share = sum(binom.pmf(w, m, q) for w in range((m + 1) // 2) if mcnemar(m - w, w, mid) <= .05)
-        slow += binom.pmf(m, n, psi) * share
+        won = [w for w in range((m + 1) // 2) if mcnemar(m - w, w, mid) <= .05]
+        slow += binom.pmf(m, n, psi) * binom.pmf(won, m, q).sum()
     assert paired_power(n, d, psi, mid=mid) == pytest.approx(slow, abs=1e-6)
 
 
