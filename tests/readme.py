@@ -47,7 +47,7 @@ def the_map():
     for folder in sorted(folders, key=lambda f: ("papers" in f.parts, first[f], f.as_posix())):
         name = "the ground, and the doors" if folder == NBS else folder.relative_to(NBS).as_posix()
         lines += ["", f"## {name}", "", "| notebook | |", "|---|---|"]
-        for path in sorted(p for p in paths if p.parent == folder):
+        for path in sorted((p for p in paths if p.parent == folder), key=lambda p: (p.stem.split("_")[0], p.stem)):
             title, promise = opening(path)
             stop = "" if title[-1] in "?)" else "."
             lines.append(f"| [{path.stem}]({path.relative_to(NBS).as_posix()}) | **{title}{stop}** {promise} |")
