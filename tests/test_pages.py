@@ -81,9 +81,9 @@ def test_budget_has_a_curve_for_every_method(page):
 
 
 def test_curves_have_all_three_judges_for_all_three_ways_of_training(page):
-    folder = page("mcs/fig3_to_10", "n_test=20", "seeds=1", "steps=10", "methods=Raw,MCS (l2)", "ipcs=10")
+    folder = page("mcs/fig3_to_10", "n_test=20", "seeds=1", "steps=10", "methods=Raw,Rand,MCS (l2)", "ipcs=10")
     table = pd.read_csv(folder / "fig3_to_10.csv")
-    assert len(table) == 3 * (1 + 1) and set(table.trained) == {"standard", "linf", "l2"}
+    assert len(table) == 3 * (1 + 2) and set(table.trained) == {"standard", "linf", "l2"}
     for judge in ("clean", "linf", "l2"): assert within(table, judge)
     assert (table.clean >= table[["linf", "l2"]].max(axis=1)).all()              # an attack never helps
     assert {f"fig{k}.png" for k in (3, 5, 7, 9)} <= {p.name for p in folder.iterdir()}

@@ -147,7 +147,7 @@ class SqueezeRecover(Distiller):
     def unlabelled(self): return None if self.relabel is None else replace(self, relabel=None)
 
     def make(self, data, counts, seed, device,
-             checkpoint=None,
+             checkpoint=None,      # of the recovery; that of the relabelling lies beside it
              images=None,          # the set of `unlabelled`; None: it is recovered
              **run):
         if images is None: return super().make(data, counts, seed, device, checkpoint=checkpoint, **run)
