@@ -17,7 +17,7 @@ demo: .venv/ready  ## who is robust? A table and a picture in a few minutes (fig
 test: .venv/ready  ## ruff, every library notebook and every test once, at sizes that prove the point
 	$(BIN)/ruff check .
 	$(ONE) $(BIN)/python tests/notebooks.py --workers $(WORKERS)   # pytest runs the papers' pages, small
-	$(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
+	$(ONE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 test-all: .venv/ready  ## the same at full size, with the slow cells of the notebooks and the papers' pages: hours, for releases
 	$(BIN)/ruff check .
