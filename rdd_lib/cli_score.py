@@ -65,12 +65,10 @@ def _trainer(asked, threat, S):
 
 def source_of(S, split: str):
     "The images that a compressed set was made from, or is judged by: in its size, and of its classes."
-    known = S.name in data.DATASETS
-    check(known, f"{S.name!r} is no data set that can be loaded by name: judge a set of your own from Python, "
+    check(S.name in data.DATASETS,
+          f"{S.name!r} is no data set that can be loaded by name: judge a set of your own from Python, "
           "evaluate(student, test, attack), or announce the data set (CONTRIBUTING)", MissingData)
-    size = S.shape[-1] if data.DATASETS[S.name].size else None
-    plain = tuple(map(str, range(S.n_classes)))          # the first ones, as published image folders know them
-    return data.load(S.name, split, size, S.n_classes if S.classes == plain else S.classes)
+    return data.load(*data.origin_of(S, split))
 
 def _test_images(asked, S):
     test = source_of(S, "test")

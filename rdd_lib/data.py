@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'DIGITS', 'TORCHVISION', 'CIFAR10', 'FASHION', 'CIFAR100', 'POINTS', 'pixels', 'as_bytes', 'ImageSet',
-           'shares', 'sample', 'class_numbers', 'of_classes', 'show_images', 'DataSet', 'Arrays', 'load', 'points2d']
+           'shares', 'sample', 'class_numbers', 'of_classes', 'show_images', 'DataSet', 'Arrays', 'load', 'origin_of',
+           'points2d']
 
 # %% ../nbs/03_data.ipynb #14b04557
 import hashlib
@@ -284,6 +285,16 @@ def load(name: str,             # one of `DATASETS`
     check(size is None, lambda: f"{told()}; {name} has its own, got {size}")
     data = known.read(split)
     return data if classes is None else of_classes(data, classes)
+
+# %% ../nbs/03_data.ipynb #0a8d0002
+def origin_of(data: ImageSet,   # a part of a data set that can be loaded, or what it was compressed to
+              split: str,
+             ) -> tuple:        # for `load`: load(*origin_of(data, "test"))
+    "Which images `data` was made from, or is judged by: in its size, and of its classes. Raises `MissingData`."
+    check(data.name in DATASETS, f"{data.name!r} is no data set that can be loaded by name", MissingData)
+    size = data.shape[-1] if DATASETS[data.name].size else None
+    plain = tuple(map(str, range(data.n_classes)))       # the first ones, as published image folders know them
+    return data.name, split, size, data.n_classes if data.classes == plain else tuple(data.classes)
 
 # %% ../nbs/03_data.ipynb #6bcc0b4e
 def _moons(n, u, z):

@@ -18,6 +18,7 @@ from .data import ImageSet
 from .files import atomic, read_by, read_torch, writing
 from .folders import read_pictures
 from .models import IMAGENET_STATS, MNIST_STATS, Normalized, statistics, STATS
+from .whitening import Whitened
 
 # %% ../nbs/08_exports.ipynb #b3758ba5
 _FASHION, _CIFAR = ((.2861,), (.3530,)), ((.4914, .4822, .4465), (.2023, .1994, .2010))
@@ -261,6 +262,7 @@ def load_weights(model: nn.Module,          # what `build` gives, or a bare netw
     GroupNorm's number of groups have to be known."""
     given, own = _state(path)
     net = model.model if isinstance(model, Normalized) else model
+    if isinstance(net, Whitened): net = net.model
     here, theirs = net.state_dict(), _canonical(given)
     ours = _canonical(here)
     wrong = _misfits(ours, theirs, here, given)

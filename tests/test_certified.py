@@ -122,10 +122,11 @@ def trained(digits):
     plans = {"standard": (run, mlp), "ibp": (ibp, mlp), "crown-ibp": (crown, mlp), "lenet": (quick, Net("lenet"))}
     for norm in ("none", "batch", "instance", "group"):
         plans[norm] = quick, Net("convnet", dict(width=3, depth=2, norm=norm))
+    plans["whitened"] = quick, Net("mlp", dict(width=32), whiten=.1)
     return {name: trainer(net, train, device="cpu") for name, (trainer, net) in plans.items()}
 
 
-ALL = ["standard", "ibp", "crown-ibp", "none", "batch", "instance", "group", "lenet"]
+ALL = ["standard", "ibp", "crown-ibp", "none", "batch", "instance", "group", "lenet", "whitened"]
 
 
 @pytest.mark.parametrize("threat", [Linf(.004), L2(.05), Linf(.1)], ids=str)

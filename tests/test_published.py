@@ -14,10 +14,12 @@ from rdd_lib.compressed import Compressed, save
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, UnknownName, Unwritable, generator_of
 from rdd_lib.models import seeded
 from rdd_lib.data import CIFAR10, DATASETS, ImageSet
-from rdd_lib.models import STATS, Normalized, ResNet18, build
+from rdd_lib.models import STATS, Normalized, build
+from rdd_lib.networks import ResNet18
 from rdd_lib.exports import PUBLISHED_STATS, export, load_weights, published_stats, stats_of
-from rdd_lib.published import load_compressed, load_published, whitening
+from rdd_lib.published import load_compressed, load_published
 from rdd_lib.files import read_torch
+from rdd_lib.whitening import whitening
 
 MEAN = torch.tensor([.4914, .4822, .4465]).view(3, 1, 1)
 STD = torch.tensor([.2023, .1994, .2010]).view(3, 1, 1)
@@ -354,15 +356,15 @@ def test_whitening_is_that_of_the_code_base(tmp_path):
     centred = flat - flat.mean(0)
     u, s, _ = torch.linalg.svd(centred.T @ centred / 59)
     theirs = (centred @ (u @ torch.diag(1 / torch.sqrt(s + .1)) @ u.T)).view_as(x).float()
-    zca = whitening(data)
-    assert torch.allclose(zca(x), theirs, atol=1e-6)
     (tmp_path / "cifar10_zca_50").mkdir()
     path = tmp_path / "cifar10_zca_50/images_best.pt"
     torch.save(theirs, path)
     torch.save(y, path.with_name("labels_best.pt"))
-    refused(BadArgument, "ZCA-whitened by its name", path, data)
-    S = load_compressed(path, data, zca=zca)
-    assert (S.x - x).abs().max() < 1e-5 and S.provenance["pixels"]["zca"] is True
+    refused(BadArgument, "the training set of 'little' is not known", path, data)
+    zca = whitening(data)
+    assert torch.allclose(zca(x), theirs, atol=1e-6)
+    for S in (load_compressed(path, data), load_compressed(path, data, zca=zca)):
+        assert (S.x - x).abs().max() < 1e-5 and S.provenance["pixels"]["zca"] is True
     undone = path.with_name("images_zca_9.pt")                   # MTT's images that are whitened no more
     torch.save(x, undone)
     torch.save(y, path.with_name("labels_9.pt"))

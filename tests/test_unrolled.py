@@ -8,7 +8,7 @@ from torch import nn
 from rdd_lib.core import BadArgument, UnknownName, generator_of
 from rdd_lib.models import seeded
 from rdd_lib.training.unrolled import UNROLLED, flatten, functional, unroll
-from rdd_lib.models import ConvNet, MLP
+from rdd_lib.networks import ConvNet, MLP
 
 EXACT = ("recompute", "graph")
 

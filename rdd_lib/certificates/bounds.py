@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..attacks.threats import L2, Linf, Threat
 from ..core import check
-from ..models import ConvNet, LeNet, MLP, Normalized
+from ..models import Normalized
+from ..networks import ConvNet, LeNet, MLP
+from ..whitening import Whitened
 
 # %% ../../nbs/certificates/30_bounds.ipynb #82820b04
 def gamma(terms: int,     # summands, the bias included
@@ -221,6 +223,13 @@ def _flatten(m, cast):
     check(m.start_dim == 1 and m.end_dim == -1, f"bounds of a Flatten need start_dim=1 and end_dim=-1, got {m}")
     return Affine(lambda x, f: x.flatten(1), 0., 0, lambda A, shape: A.view(len(A), *shape[1:]))
 
+def _whitened(m, cast):
+    matrix, std, shift = cast(m.matrix), cast(m.std), cast(m.shift)
+    def act(x, f): return ((x * f(std)).flatten(1) @ f(matrix)).view(x.shape)
+    def turned(v, w): return (v.flatten() @ w).view(1, *v.shape)
+    size = turned(shift.abs(), matrix.abs())           # of what the shift becomes, roundings included
+    return Affine(act, turned(shift, matrix), len(matrix) + 4, size=size, mixes=True)
+
 # %% ../../nbs/certificates/30_bounds.ipynb #43829a45
 LAYERS = {nn.Linear: _linear, nn.Conv2d: _conv, nn.AvgPool2d: _avgpool, nn.MaxPool2d: _maxpool,
           nn.BatchNorm2d: _batchnorm, nn.GroupNorm: _groupnorm, nn.Flatten: _flatten,
@@ -239,12 +248,13 @@ def steps_of(model: nn.Module,
     if kind is Normalized:
         mean, std = cast(model.mean), cast(model.std)
         return [_pixelwise(1 / std, -mean / std, 3), *within("model")]
+    if kind is Whitened: return [_whitened(model, cast), *within("model")]
     if kind in (ConvNet, MLP, LeNet):
         return [*within("features"), _flatten(nn.Flatten(), cast), *within("classifier")]
     if kind is nn.Sequential: return [s for n, m in enumerate(model) for s in steps_of(m, dtype, f"{at}[{n}]")]
     known = ", ".join(k.__name__ for k in LAYERS)
     check(kind in LAYERS, f"no bounds are known for {at}, a {kind.__name__}; "
-          f"known: Normalized, ConvNet, MLP, LeNet, Sequential, {known}")
+          f"known: Normalized, Whitened, ConvNet, MLP, LeNet, Sequential, {known}")
     made = LAYERS[kind](model, cast)
     return made if isinstance(made, list) else [made]
 
