@@ -115,7 +115,7 @@ class Relabelled(Compressor):
         teacher = self.squeeze(self.net, data, folder, device)
         return made | relabelled(made, teacher, self, data, seed, checkpoint)
 
-_KEPT = ("x", "y", "weights", "indices", "soft_labels", "radius", "lower_bound", "certificate")
+_KEPT = ("x", "y", "weights", "indices", "soft_labels", "label_kind", "radius", "lower_bound", "certificate")
 
 def as_made(S: Compressed) -> dict:
     "A set that stands already, as the method that made it gave it."

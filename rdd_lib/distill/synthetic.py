@@ -142,6 +142,7 @@ class Distiller(Compressor):
     def optimiser(self, s: State, groups): return torch.optim.SGD(groups, momentum=self.momentum)
     def prepare(self, s: State, data, seed, device): "What `steps` finds as `s.prepared`: networks trained once, say."
     def finish(self, s: State) -> dict: return {}     # further fields of the `Compressed`
+    def beside(self, s: State) -> dict[str, Tensor]: return s.held     # in a checkpoint too; in `s.held` afterwards
 
     def make(self, data, counts, seed, device,
              checkpoint: str | Path | None = None,  # noted there now and then, resumed from there; `save` removes it
@@ -161,7 +162,7 @@ class Distiller(Compressor):
         s.counts, s.start, s.checkpoint = counts, start, checkpoint
         opt = self.optimiser(s, [{"params": [leaf], "lr": self.rates()[name]} for name, leaf in s.leaves.items()])
         key = digest([describe(self), describe(start), counts, seed, data.fingerprint])
-        keeper = _Keeper(checkpoint, every, key, s, opt, Story(log, snapshots))
+        keeper = _Keeper(checkpoint, every, key, s, opt, Story(log, snapshots), self.beside)
         s.it = keeper.resume()
         s.prepared = self.prepare(s, data, seed, device, **run)
         self._iterate(s, opt, RealBatches(data, scale), data, seed, self.turns(counts), keeper)
@@ -240,9 +241,10 @@ class Story:
 # %% ../../nbs/distill/70_synthetic.ipynb #f2494bf4
 class _Keeper:
     "Writes down a run now and then, and puts it back."
-    def __init__(self, path, every, key, s, opt, story):
+    def __init__(self, path, every, key, s, opt, story, beside):
         self.note = Checkpoint(path or None, key, "a distillation", "settings, seed or data", every=2.)
-        self.every, self.s, self.opt, self.story, self.kept = every, s, opt, story, None
+        self.every, self.s, self.opt, self.story, self.beside = every, s, opt, story, beside
+        self.kept = None                          # iterations in the last note
 
     def resume(self) -> int:
         "Put everything back as it was written down; the number of finished iterations."
@@ -261,7 +263,7 @@ class _Keeper:
         if self.note.path is None or not due: return
         begin = time.monotonic()
         tensors = {f"leaf.{name}": leaf.detach() for name, leaf in self.s.leaves.items()} | self.story.tensors()
-        tensors |= memory_of(self.opt) | {f"held.{name}": t for name, t in self.s.held.items()}
+        tensors |= memory_of(self.opt) | {f"held.{name}": t for name, t in self.beside(self.s).items()}
         self.note.write(tensors, done=done)
         self.note.every = max(2., 20 * (self.note.last - begin))         # so that it costs less than a twentieth
         self.kept = done
