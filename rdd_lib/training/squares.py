@@ -9,7 +9,6 @@ __all__ = ['TEMPERATURE', 'centred', 'Squares', 'regresses', 'targets']
 from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import check
 from ..data import ImageSet
 from .objectives import Objective
 
