@@ -29,6 +29,7 @@ from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
+from rdd_lib.distill.kernel_regression import NeuralFeatureRegression
 from rdd_lib.distill.relabel import Relabel
 from rdd_lib.distill.squeeze_recover import SqueezeRecover
 from rdd_lib.distill.trajectory import TrajectoryMatching
@@ -98,10 +99,16 @@ def judging(make): return lambda n: attack_until_broken(make(n), *judged())
 def climbing(make): return lambda n: make(n)(*judged(), generator_of(0, device=GPU))
 
 def distilled(method, **settings):
-    return lambda n: method(net=NET, batch_real=8, **{"iterations": n} | settings).compress(data(), ipc=2, device=GPU)
+    settings = dict(net=NET, batch_real=8) | settings
+    return lambda n: method(**{"iterations": n} | settings).compress(data(), ipc=2, device=GPU)
 
 def dc(**settings): return distilled(GradientMatching, **{"outer": 1, "inner": 1} | settings)
 def later(make): return lambda n: make(n)(1)                 # n is not the number of iterations
+
+AGEING = Net("convnet", dict(width=2, depth=2, norm="fast_batch", norm_first=True))
+
+def regressed(**settings):
+    return distilled(NeuralFeatureRegression, net=AGEING, nets=2, updates=3, student_steps=1, **settings)
 
 EXPERTS = Experts(n=1, epochs=2, batch=12)
 
@@ -158,6 +165,7 @@ DISTILLERS = {
     "dd, iteration": distilled(BackpropThroughTraining),
     "dd, step of the walk": later(lambda n: distilled(BackpropThroughTraining, epochs=n, iterations=1)),
     "tm, iteration": led(augment="crop"), "tm, student step": led("student_steps", augment="crop"),
+    "frepo, iteration": regressed(), "frepo in parts, iteration": regressed(mirror=True, chunk=3),
     "sre2l, iteration": recovered(), "cda, iteration": recovered(crop=(1., .08))}
 
 def voted(n): Smoothed(judged()[0], .1, 10).counts(judged()[1][0], 10 * n, generator_of(0))

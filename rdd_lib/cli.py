@@ -19,6 +19,7 @@ EPILOG = {
                  "rdd compress dm cifar10 --ipc 10 --set iterations=5000 --set net.name=convnet -o dm.safetensors",
                  "rdd compress guard cifar10 --ipc 10 --plan",
                  "rdd compress guard_sre2l mnist5k --ipc 10 -o guard_sre2l.safetensors",
+                 "rdd compress frepo mnist5k --ipc 1 -o frepo.safetensors",
                  "rdd compress sre2l imagenette --ipc 1 --size 64 --classes 5 --set net.settings.width=16",
                  "rdd compress dc mnist5k --ipc 1 --set iterations=100 --film dc.png"],
     "score": ["rdd score mcs.safetensors --train adversarial --attack paper",
@@ -26,6 +27,8 @@ EPILOG = {
               "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o a.csv",
               "rdd score mcs.safetensors --net mlp --train certified --certify",
               "rdd score guard_sre2l.safetensors --train standard --attack quick",
+              "rdd score frepo.safetensors --train standard --net convnet --set net.settings.width=32",
+              "rdd score cifar10_zca_50 --data cifar10 --net convnet --set net.whiten=.1",
               "rdd score res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --stats dc --net convnet"],
     "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify",
              "rdd show mcs.safetensors --picture mcs.png"],
@@ -304,7 +307,7 @@ def score(path: Path = typer.Argument(help=FILE),
           which: int = typer.Option(0, help=PUBLISHED["which"]),
           device: str = typer.Option("auto", help=DEVICE),
           set_: Optional[list[str]] = _setting("a setting of the training: name=value (epochs, steps, lr, batch, "
-                                               "objective.beta, ...)")):
+                                               "objective.beta, net.whiten, ...)")):
     "Train students on a compressed set, attack them on the test set of its source, and say how they fared."
     from rdd_lib.cli_score import Asked, scored
     asked = Asked(train, attack, threat, net, seeds, n_test, eta, diagnose, certify, out, device, parse_settings(set_))

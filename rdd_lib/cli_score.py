@@ -39,7 +39,7 @@ class Asked:
     certify: bool
     out: Path | None             # the table of images
     device: str
-    settings: dict               # of the trainer, as typed; objective.<name>: of the objective
+    settings: dict               # as typed; objective.<name>: of the objective, net.<name>: of the student's network
 
     def __post_init__(self):
         check(self.seeds >= 1, f"--seeds must be >= 1, got {self.seeds}")
@@ -58,10 +58,14 @@ def _objective(asked, threat, S, settings):
           "--train generalized needs a set with weights (q of Definition 5); this one has none")
     return objective_of(asked.train, threat, asked.eta if generalized else None, **settings)
 
+def _settings_of(asked, part):
+    "Those that were typed as part.name=value, without the part; for an empty part, those of no part."
+    if part: return {k.removeprefix(part): v for k, v in asked.settings.items() if k.startswith(part)}
+    return {k: v for k, v in asked.settings.items() if not k.startswith(("objective.", "net."))}
+
 def _trainer(asked, threat, S):
-    inner = {k.removeprefix("objective."): v for k, v in asked.settings.items() if k.startswith("objective.")}
-    outer = {k: v for k, v in asked.settings.items() if not k.startswith("objective.")}
-    return replace(with_settings(Trainer(), **outer), objective=_objective(asked, threat, S, inner))
+    objective = _objective(asked, threat, S, _settings_of(asked, "objective."))
+    return replace(with_settings(Trainer(), **_settings_of(asked, "")), objective=objective)
 
 def source_of(S, split: str):
     "The images that a compressed set was made from, or is judged by: in its size, and of its classes."
@@ -78,10 +82,14 @@ def _test_images(asked, S):
     return sample(test, n) if n else test
 
 # %% ../nbs/90_cli_score.ipynb #bfc6fade
+def _student_told(net):
+    return net.name + (f" on whitened images (eps={net.whiten:g})" if net.whiten else "")
+
 def _followed(trainer, S):
     "What a set says of its students' training; empty: nothing, or they do not follow."
     labels, rule = trainer.labels(S), S.schedule if trainer.follow else None
     told = [", ".join(sorted(rule))] if rule else []
+    if trainer.follow and S.label_kind == "targets": told.insert(0, "targets of a regression, by squares")
     if labels: told.insert(0, f"labels of views: {labels.epochs} epochs in batches of {labels.batch}")
     return ", and ".join(told)
 
@@ -124,12 +132,13 @@ def scored(S: ImageSet,    # a compressed set
           ) -> None:
     "Train students on `S`, attack them, and say how they fared. Whatever can be refused is refused before the work."
     ball = threat_of(asked.threat) if asked.threat else default_threat(S.name)
-    judge, student, trainer = attack_of(asked.attack, ball), Net(asked.net), _trainer(asked, ball, S)
+    judge, trainer = attack_of(asked.attack, ball), _trainer(asked, ball, S)
+    student = with_settings(Net(asked.net), **_settings_of(asked, "net."))
     test = _test_images(asked, S)
     if asked.out: files.require_writable(asked.out)
     if asked.certify or asked.train == "certified": steps_of(student(S))
-    say(f"{len(S)} images of {S.name}; {asked.train} training of {student.name}; {asked.attack} attack, {ball}; "
-        f"{len(test)} test images")
+    say(f"{len(S)} images of {S.name}; {asked.train} training of {_student_told(student)}; {asked.attack} attack, "
+        f"{ball}; {len(test)} test images")
     if followed := _followed(trainer, S): say(f"  students follow the set's own {followed} (--set follow=False: not)")
     outcomes, floors = [], []
     for s in progress(range(asked.seeds), desc="students"):

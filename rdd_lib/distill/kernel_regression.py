@@ -213,8 +213,8 @@ class NeuralFeatureRegression(Distiller):
             with torch.no_grad(): at = torch.cat([net.model.embed(part) for part in x.split(250)])
             u = torch.cat([s.u, s.u.flip(3)]) if self.mirror else s.u
             parts = u.split(self.chunk or len(u))
-            if len(parts) == 1: return [self.loss(net.model.embed(u), self.targets(s), at, goal)]
-            return self._in_parts(s, net, parts, at, goal)
+            if len(parts) > 1: yield from self._in_parts(s, net, parts, at, goal)
+            else: yield self.loss(net.model.embed(u), self.targets(s), at, goal)
 
     def loss(self, f: Tensor, y: Tensor,      # features and targets of the distilled images
              at: Tensor, goal: Tensor,        # of the real ones
@@ -236,7 +236,7 @@ class NeuralFeatureRegression(Distiller):
         known = sum((t * d).sum() for t, d in zip([y], of_y))
         yield loss.detach() + (known - known.detach() if of_y else 0.)
         for part, d in zip(parts, slope.split([len(p) for p in parts])):
-            with frozen(net): pulled = (net.model.embed(part) * d).sum()
+            pulled = (net.model.embed(part) * d).sum()
             yield pulled - pulled.detach()
 
     def finish(self, s):
