@@ -1,11 +1,17 @@
 """Data sets: what stands in $RDD_DATA is what it should be; what is broken or cannot be had is said so."""
 import os
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rdd_lib.attacks.threats import Linf
+from rdd_lib.cli_score import _test_images
 from rdd_lib.core import BrokenFile, MissingData, UnknownName
-from rdd_lib.data import CIFAR10, load
+from rdd_lib.data import CIFAR10, load, sample
+from rdd_lib.evaluation.checks import Case, Effort
 from rdd_lib.files import kept
+from rdd_lib.models import Net
+from rdd_lib.reproduce.cells import dataset, set_and_test
 from conftest import needs
 
 
@@ -91,3 +97,51 @@ def test_a_missing_folder_says_what_to_do(folder, name):
 def test_an_unknown_name_lists_the_nearest(folder):
     with pytest.raises(UnknownName, match="did you mean 'cifar10'"): load("cifer10")
     assert not os.listdir(folder)
+
+
+# --- parts keep the shares of the classes, also where a file is in their order: its first n would be one class --------
+
+def counts(data): return torch.bincount(data.y, minlength=data.n_classes).tolist()
+
+
+@pytest.fixture
+def in_order(folder):
+    "A CIFAR-10 of 30 training and 15 test images a class, class after class."
+    (folder / "cifar10").mkdir()
+    for split, n in (("train", 30), ("test", 15)):
+        y = np.arange(10).repeat(n)
+        x = np.random.default_rng(0).integers(0, 256, (len(y), 32, 32, 3), np.uint8)
+        np.savez(folder / "cifar10" / f"{split}.npz", x=x, y=y)
+    dataset.cache_clear()
+    yield
+    dataset.cache_clear()
+
+
+def test_a_sample_keeps_the_shares(in_order):
+    data = load("cifar10")
+    assert counts(data.subset(range(100))) == [30, 30, 30, 10] + [0] * 6            # what the first hundred would be
+    for seed in (0, 1): assert counts(sample(data, 100, seed)) == [10] * 10
+    assert sorted(counts(sample(data, 57))) == [5] * 3 + [6] * 7
+    uneven = data.subset(torch.cat([rows[:3 * (c + 1)] for c, rows in enumerate(data.per_class)]))
+    assert counts(sample(uneven, 55)) == [*range(1, 11)]
+    assert counts(sample(load("mnist5k"), 200)) == [20] * 10                        # these digits are in order too
+
+
+def test_parts_by_name_keep_the_shares(in_order):
+    assert counts(dataset("cifar10:100", "train")) == [10] * 10
+    assert counts(dataset("cifar10,5:100", "train")) == [20] * 5
+    assert counts(dataset("cifar10:100", "test")) == [15] * 10                      # a part of the training images only
+
+
+def test_test_images_keep_the_shares(in_order):
+    whole, test, about = set_and_test("cifar10", None, None, 0, 40)
+    assert counts(whole) == [30] * 10 and counts(test) == [4] * 10 and about["n_test"] == 40
+    assert counts(_test_images(SimpleNamespace(n_test=40), whole)) == [4] * 10      # rdd score --n-test 40
+    case = Case(Net("mlp", dict(width=4))(whole), load("cifar10", "test"), Linf(.1), effort=Effort(images=20))
+    assert torch.bincount(case.all_y).tolist() == [2] * 10                          # rdd score --diagnose
+
+
+@needs("cifar10")
+def test_a_part_of_the_real_file_keeps_the_shares():
+    assert counts(dataset("cifar10:100", "train")) == [10] * 10
+    assert counts(sample(load("cifar10", "test"), 2000)) == [200] * 10

@@ -6,7 +6,7 @@ from torch import nn
 from attack_contract import no_trace, same_result
 from conftest import fit, FULL, needs
 from rdd_lib.core import BadArgument, describe, digest, generator_of, with_settings
-from rdd_lib.data import CIFAR10, ImageSet, load
+from rdd_lib.data import CIFAR10, ImageSet, load, sample
 from rdd_lib.models import build
 from rdd_lib.attacks.pgd import PGD
 from rdd_lib.attacks.until_broken import attack_until_broken
@@ -95,9 +95,8 @@ def test_square_same_points_in_colour():
 
 @needs("cifar10")
 def test_square_same_points_on_cifar10():
-    train, test = load("cifar10", "train"), load("cifar10", "test")
-    x, y = train.x[:4000].float() / 255, train.y[:4000]
-    found = same(colour(x, y), Square(Linf(4 / 255), 200), test.x[:100].float() / 255, test.y[:100])
+    train, test = sample(load("cifar10"), 4000), sample(load("cifar10", "test"), 100)     # the file may be in order
+    found = same(colour(train.images(), train.y), Square(Linf(4 / 255), 200), test.images(), test.y)
     assert (found.step > 1).sum() >= 5
 
 
