@@ -39,7 +39,7 @@ def regression(f: Tensor,      # (n, d) features of the distilled images
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0021
 class Lamb(torch.optim.Optimizer):
-    """Adam's direction, as long as `lr` times the parameter: each step moves by that part of its length (You et al. 2020).
+    """Adam's direction, each step as long as `lr` times the parameter itself (You et al. 2020).
 
     Without weight decay. Nothing is read back from a GPU."""
     def __init__(self, groups, lr: float = 3e-4, betas=(.9, .999), eps: float = 1e-6):
@@ -116,7 +116,8 @@ class Pool:
             remember(opt, own)
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0041
-STUDENT_STEPS = {10: 1000, 100: 2000, 200: 20_000, 500: 5000, 1000: 10_000, 5000: 40_000}   # images -> the authors' steps
+# images -> the authors' steps
+STUDENT_STEPS = {10: 1000, 100: 2000, 200: 20_000, 500: 5000, 1000: 10_000, 5000: 40_000}
 
 def student_rule(images: int,           # distilled ones, n
                  steps: int | None,     # None: as the authors have it for the next larger number of images
