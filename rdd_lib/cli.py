@@ -20,6 +20,7 @@ EPILOG = {
                  "rdd compress guard cifar10 --ipc 10 --plan",
                  "rdd compress guard_sre2l mnist5k --ipc 10 -o guard_sre2l.safetensors",
                  "rdd compress sre2l imagenette --ipc 1 --size 64 --classes 5 --set net.settings.width=16",
+                 "rdd compress dim mnist5k --ipc 10 --film dim.png -o dim.safetensors",
                  "rdd compress dc mnist5k --ipc 1 --set iterations=100 --film dc.png"],
     "score": ["rdd score mcs.safetensors --train adversarial --attack paper",
               "rdd score mcs.safetensors --net resnet18 --set epochs=20 --threat linf:.05 --seeds 5",
@@ -58,8 +59,8 @@ NAMES = {
     "data": "mnist5k mnist fashion_mnist cifar10 cifar100 svhn imagenette tiny_imagenet imagenet",
     "methods": "random rand k_center_greedy kcg minimal_coreset mcs submodular submod craig gradmatch gradm "
                "glister glister_deepcore herding herd herding_deepcore relaxed_coreset rmcs grand el2n forgetting "
-               "forget aum moderate ccs backprop_through_training dd distribution_matching dm gradient_matching dc "
-               "gradient_matching_augmented dsa gradient_matching_curvature guard "
+               "forget aum moderate ccs backprop_through_training dd distribution_matching dm "
+               "generative_distillation dim gradient_matching dc gradient_matching_augmented dsa gradient_matching_curvature guard "
                "gradient_matching_augmented_curvature guard_dsa trajectory_matching tm "
                "matching_adversarial_trajectories mat squeeze_recover sre2l squeeze_recover_curriculum cda "
                "squeeze_recover_curvature guard_sre2l squeeze_recover_curriculum_curvature guard_cda relabelled",
@@ -203,7 +204,8 @@ def _compress(compressor, method, images, asked, out, film):
     from rdd_lib.coresets.covering import MinimalCoreset
     from rdd_lib.distill.synthetic import Distiller
     from rdd_lib.files import require_writable
-    distils, notes = isinstance(compressor, Distiller), "checkpoint" in signature(compressor.make).parameters
+    takes = signature(compressor.make).parameters
+    distils, notes = isinstance(compressor, Distiller) or "snapshots" in takes, "checkpoint" in takes
     compressor.counts(images, asked["ipc"], asked["total"])
     for path in filter(None, (out, film)): require_writable(path)
     check(not film or distils, f"--film is for methods that change images, {method} picks some")
