@@ -118,16 +118,20 @@ class Game:
              more=None,                   # (M, C, H, W) made pixels -> a further loss of the generator
             ) -> tuple[Tensor, ...]:      # losses of generator and critic, and what `more` said, without gradients
         "A step of the generator, then one of the critic."
-        z, asked, other, share = draws
         for opt in self.optimisers.values(): opt.param_groups[0]["lr"] = lr
-        fake = self.generator(z)
+        fake = self.generator(draws[0])
         loss = generator_loss(self.critic, signed(fake), y)
         beside = loss.new_zeros(()) if more is None else more(fake)
         self._step("generator", loss + beside)
+        return loss.detach(), self.criticise(real, y, draws), beside.detach()
+
+    def criticise(self, real: Tensor, y: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
+        "A step of the critic alone, as the second half of a turn; its loss."
+        _, asked, other, share = draws
         with torch.no_grad(): fake = self.generator(other)
-        cost = critic_loss(self.critic, signed(real), y, signed(fake), asked, share)
-        self._step("critic", cost)
-        return loss.detach(), cost.detach(), beside.detach()
+        loss = critic_loss(self.critic, signed(real), y, signed(fake), asked, share)
+        self._step("critic", loss)
+        return loss.detach()
 
     def _step(self, name, loss):
         opt = self.optimisers[name]
