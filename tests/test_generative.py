@@ -149,6 +149,13 @@ def test_one_class_and_uneven_budgets(few):
     with pytest.raises(BadArgument, match="batch must be a whole number >= 2, got 1"): replace(SMALL, batch=1)
 
 
+def test_a_judge_of_its_own(few, made):
+    judged = replace(SMALL, judge=Trainer(epochs=2)).compress(few, **RUN)
+    told, critic = judged.provenance["class_share"], made.provenance["class_share"]
+    assert same(judged.generator, made.generator) and 0 <= told["share"] <= 1 and told["samples"] == 1000
+    assert (told["by"], critic["by"]) == ("a network trained on the real images", "the critic")
+
+
 def test_presets():
     dim = find_method("dim")
     for name in ("mnist", "fashion_mnist", "cifar10", "svhn", "cifar100", "tiny_imagenet"):
