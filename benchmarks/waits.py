@@ -28,6 +28,7 @@ from rdd_lib.core import generator_of
 from rdd_lib.distill.backprop import BackpropThroughTraining
 from rdd_lib.distill.distribution import DistributionMatching
 from rdd_lib.distill.experts import Experts
+from rdd_lib.distill.generative import GenerativeDistillation
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.kernel_regression import NeuralFeatureRegression
 from rdd_lib.distill.relabel import Relabel
@@ -155,6 +156,16 @@ def led(unit="iterations", **settings):
         method.compress(data(), ipc=2, device=GPU, buffers=expert_folder())
     return run
 
+def generated(epochs=0, **settings):
+    "Of one turn an epoch: the players alone in the first one and `epochs` more, then with matching."
+    one = dict(width=2, noise=8, convs=1, depth=5, batch=36, match_batch=36, real_steps=2, nets=(NET,), student={})
+    def run(n):
+        how = GenerativeDistillation(epochs=1 + epochs * n, **{k: n * v for k, v in settings.items()}, **one)
+        return how.compress(data(), ipc=2, device=GPU)
+    return run
+
+def drawn_anew(n): Trainer(steps=n, batch=6)(NET, generated(match_epochs=0)(1), 0, GPU)
+
 DISTILLERS = {
     "dm, iteration": distilled(DistributionMatching), "dc, iteration": dc(),
     "dc, step on the images": later(lambda n: dc(outer=n)), "dc, inner step": later(lambda n: dc(outer=2, inner=n)),
@@ -166,6 +177,7 @@ DISTILLERS = {
     "dd, step of the walk": later(lambda n: distilled(BackpropThroughTraining, epochs=n, iterations=1)),
     "tm, iteration": led(augment="crop"), "tm, student step": led("student_steps", augment="crop"),
     "frepo, iteration": regressed(), "frepo in parts, iteration": regressed(mirror=True, chunk=3),
+    "dim, turn": generated(epochs=1, match_epochs=0), "dim, turn with matching": generated(match_epochs=1),
     "sre2l, iteration": recovered(), "cda, iteration": recovered(crop=(1., .08))}
 
 def voted(n): Smoothed(judged()[0], .1, 10).counts(judged()[1][0], 10 * n, generator_of(0))
@@ -181,6 +193,7 @@ OTHERS = {"smoothing: batch": voted, "certify: batch": certified,
           "relabel: epoch of three batches": asked,
           "training: epoch of labels of views": followed("logits"),
           "training: epoch of a teacher of views": followed("teacher"),
+          "training: epoch of images drawn anew": drawn_anew,
           "signals: batch": lambda n: read(judged()[0], part(n), None, 0, GPU, 4),
           "farthest first: centre": lambda n: farthest_first(space_of(data().x, device=GPU), n)}
 

@@ -21,6 +21,7 @@ EPILOG = {
                  "rdd compress guard_sre2l mnist5k --ipc 10 -o guard_sre2l.safetensors",
                  "rdd compress frepo mnist5k --ipc 1 -o frepo.safetensors",
                  "rdd compress sre2l imagenette --ipc 1 --size 64 --classes 5 --set net.settings.width=16",
+                 "rdd compress dim mnist5k --ipc 10 --film dim.png -o dim.safetensors",
                  "rdd compress dc mnist5k --ipc 1 --set iterations=100 --film dc.png"],
     "score": ["rdd score mcs.safetensors --train adversarial --attack paper",
               "rdd score mcs.safetensors --net resnet18 --set epochs=20 --threat linf:.05 --seeds 5",
@@ -59,22 +60,20 @@ def _top(version: bool = typer.Option(False, "--version", callback=_say_version,
 # %% ../nbs/91_cli.ipynb #8a1e9002
 NAMES = {
     "data": "mnist5k mnist fashion_mnist cifar10 cifar100 svhn imagenette tiny_imagenet imagenet",
-    "methods": "random rand k_center_greedy kcg minimal_coreset mcs submodular submod craig gradmatch gradm "
-               "glister glister_deepcore herding herd herding_deepcore relaxed_coreset rmcs grand el2n forgetting "
-               "forget aum moderate ccs backprop_through_training dd distribution_matching dm gradient_matching dc "
-               "gradient_matching_augmented dsa gradient_matching_curvature guard "
-               "gradient_matching_augmented_curvature guard_dsa trajectory_matching tm "
-               "trajectory_matching_whitened tm_zca trajectory_matching_constant_memory tesla "
-               "matching_adversarial_trajectories mat squeeze_recover sre2l squeeze_recover_curriculum cda "
-               "squeeze_recover_curvature guard_sre2l squeeze_recover_curriculum_curvature guard_cda relabelled "
-               "neural_feature_regression frepo",
+    "methods": "random rand k_center_greedy kcg minimal_coreset mcs submodular submod craig gradmatch gradm glister "
+               "glister_deepcore herding herd herding_deepcore relaxed_coreset rmcs grand el2n forgetting forget aum "
+               "moderate ccs backprop_through_training dd distribution_matching dm generative_distillation dim "
+               "gradient_matching dc gradient_matching_augmented dsa gradient_matching_curvature guard "
+               "gradient_matching_augmented_curvature guard_dsa trajectory_matching tm trajectory_matching_whitened "
+               "tm_zca trajectory_matching_constant_memory tesla matching_adversarial_trajectories mat squeeze_recover "
+               "sre2l squeeze_recover_curriculum cda squeeze_recover_curvature guard_sre2l "
+               "squeeze_recover_curriculum_curvature guard_cda relabelled neural_feature_regression frepo",
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",
     "papers": "guard guard/adversarial guard/attribution guard/cost guard/imagenet guard/imagenette guard/tiny "
                "guard/transfer guard_early guard_early/adversarial guard_early/attacks guard_early/clean "
-               "guard_early/fig1 "
-               "guard_early/fig2 guard_early/proposition1 guard_early/strength guard_early/table1 "
+               "guard_early/fig1 guard_early/fig2 guard_early/proposition1 guard_early/strength guard_early/table1 "
                "guard_early/table2 mat mat/main mcs mcs/algorithm1 mcs/budget mcs/example1 mcs/fig1 mcs/fig2 "
                "mcs/fig3_to_10 mcs/guarantee mcs/table1 mcs/table3 all"}
 
@@ -208,7 +207,8 @@ def _compress(compressor, method, images, asked, out, film):
     from rdd_lib.coresets.covering import MinimalCoreset
     from rdd_lib.distill.synthetic import Distiller
     from rdd_lib.files import require_writable
-    distils, notes = isinstance(compressor, Distiller), "checkpoint" in signature(compressor.make).parameters
+    takes = signature(compressor.make).parameters
+    distils, notes = isinstance(compressor, Distiller) or "snapshots" in takes, "checkpoint" in takes
     compressor.counts(images, asked["ipc"], asked["total"])
     for path in filter(None, (out, film)): require_writable(path)
     check(not film or distils, f"--film is for methods that change images, {method} picks some")

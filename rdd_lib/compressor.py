@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import rdd_lib
-from .compressed import Compressed
+from .compressed import Compressed, Generated
 from .core import check, check_one_of, check_whole, describe, device_of, digest, plain, Registry, with_settings
 from .data import ImageSet, shares
 
@@ -77,8 +77,9 @@ class Compressor:
         made = self.make(data, counts, seed, device, **run)
         report = made.pop("report", {})
         if "x" not in made: made |= {"x": data.x[made["indices"]], "y": data.y[made["indices"]]}
-        return Compressed(**made, classes=data.classes, name=data.name, split=data.split,
-                          provenance=self._story(data, ipc, total, seed) | report)
+        kind = Generated if "generator" in made else Compressed
+        return kind(**made, classes=data.classes, name=data.name, split=data.split,
+                    provenance=self._story(data, ipc, total, seed) | report)
 
     def _check_images(self, S, story):
         wanted = story | {"method": self.unlabelled and describe(self.unlabelled)}

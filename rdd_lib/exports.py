@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .compressed import assembled, Compressed, parts
+from .compressed import assembled, Compressed, Generated, parts
 from .core import BadArgument, BrokenFile, check, lookup, Unwritable
 from .data import ImageSet
 from .files import atomic, read_by, read_torch, writing
@@ -138,6 +138,8 @@ def _export_folder(data, path, normalise):
     from PIL import Image
     whole = isinstance(normalise, bool)
     check(whole, f"normalise is for tensors, the images of a folder are pixels; got {normalise!r}")
+    check(not isinstance(data, Generated), "a folder of images has no place for a generator; `save` and 'pt' keep it, "
+          "and draw() gives a set of images alone")
     x, y, tensors, head = _apart(data)
     if not head["bytes"]: x = (x.double() * 255).round().to(torch.uint8)
     tensors = {n: t for n, t in tensors.items() if n in _KINDS}

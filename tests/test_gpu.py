@@ -368,6 +368,8 @@ def small(name):
     if hasattr(method, "squeeze"):                                          # batch norm, and what keeps it short
         settings |= dict(net=Net("strided", dict(width=4)), squeeze=Squeeze(epochs=1, lr=.01, batch=10),
                          relabel=replace(method.relabel, epochs=2, batch=5))
+    if hasattr(method, "match_epochs"): settings |= dict(width=2, match_epochs=1, nets=(NET,), real_steps=1, judge=None,
+                                                    lr=1e-7, match_lr=1e-7)      # Adam makes steps of rounding errors
     return replace(method, **{k: v for k, v in settings.items() if k in known})
 
 
@@ -378,7 +380,7 @@ def test_compression(gpu, train, name, monkeypatch, tmp_path):
         made = small(name).compress(train, ipc=2, seed=1, device=d)
         assert not any(t.is_cuda for t in vars(made).values() if torch.is_tensor(t))
         return made
-    twice = methods()[name].alias in ("tm", "mat", "dd", "guard")     # derivatives of derivatives, in another order
+    twice = methods()[name].alias in ("tm", "mat", "dd", "guard", "dim")   # slopes of slopes, in another order
     check(run, gpu, 1e-5 if twice else 0.)
 
 

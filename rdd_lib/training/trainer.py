@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from ..attacks.losses import check_answer
 from ..augmentation import OPERATIONS, Scale, Siamese
+from ..compressed import Generated
 from ..core import (check, check_kind, check_number, check_one_of, check_whole, describe, device_of, digest,
                           generator_of, later, lookup, progress, subseed)
 from ..data import ImageSet, pixels
 from ..files import Checkpoint
+from ..generators import draw
 from ..models import check_precision, in_precision, keep_heap, Net, one_look, sent, takes_one
 from .distil import Distil, taught, temperature_of
 from .objectives import session_of, Standard, trait
 from .squares import Squares, targets
-from ..view_labels import sizes_of, ViewLabels
+from ..view_labels import digest_of, sizes_of, ViewLabels
 from ..views import batch_sizes, mixed_targets, showings, Shown, Views
 
 # %% ../../nbs/training/47_trainer.ipynb #d8f11241
@@ -157,7 +159,8 @@ class Trainer:
     def _key(self, net, data, seed):
         "All that decides a training: the labels of a set's views too, which its name says nothing of."
         labels, named = self.labels(data), describe(net) if isinstance(net, Net) else ""
-        return digest([describe(self), named, describe(data), seed, labels.head() if labels else None])
+        drawn = [digest_of(data.generator)] if self.fresh(data) else []
+        return digest([describe(self), named, describe(data), seed, labels.head() if labels else None, *drawn])
 
     def _layout(self): return {"memory_format": torch.channels_last} if self.channels_last else {}
 
@@ -183,7 +186,9 @@ class Trainer:
         replays, labels = trait(self.objective, "replays"), self.labels(data)
         if labels is not None: order = labels.showings(data)
         elif self.views is not None: order = showings(self._views(data), len(data), data.shape[-1], sizes, seed)
-        else: order = map(Shown, map(torch.as_tensor, own or batches(len(data), sizes, generator_of(seed, "order"))))
+        else:
+            rows = enumerate(own or batches(len(data), sizes, generator_of(seed, "order")))
+            order = (Shown(torch.as_tensor(some), n // len(sizes)) for n, some in rows)
         for shown in order: yield from [shown] * (1 if own else replays)
 
     def _views(self, data): return self.views.fitting(data.name)
@@ -220,6 +225,13 @@ class Trainer:
         "A teacher's labels of views, where the set has them and these settings follow."
         return getattr(data, "views", None) if self.follow else None
 
+    def fresh(self, data: ImageSet) -> bool:
+        "Whether other images are seen in every epoch: the set has a generator and says so, and these settings follow."
+        asked = self._rule(data).get("deploy") == "fresh"
+        check(not asked or isinstance(data, Generated),
+              f"the schedule of {data.name} says deploy='fresh', but the set has no generator to draw from")
+        return asked
+
     def _rule(self, data): return (getattr(data, "schedule", None) or {}) if self.follow else {}
 
     def following(self, data: ImageSet) -> "Trainer":
@@ -248,14 +260,25 @@ class _Run:
         self.w, self.scale, self.labels = trainer.weights(data, device), Scale(data, device), trainer.labels(data)
         self.draws, self.changes = generator_of(seed, "attack", device=device), generator_of(seed, "augment")
         self.objective = session_of(trainer.objective)
+        self.net = data.network(device) if trainer.fresh(data) else None       # what draws the images of an epoch
+        self.seed, self.epoch = seed, None                                     # the epoch whose images are there
 
     def loss(self, shown):
         "Of the model as it stands."
-        rows, = sent(self.device, shown.rows)
-        images, target = self.seen(shown, rows)
-        weights = None if self.w is None else self.w[rows]
-        with one_look(), in_precision(self.trainer.precision, self.device):
-            return self.objective(self.model, images.to(**self.trainer._layout()), target, weights, self.draws)
+        with one_look():
+            self.renew(shown.epoch)
+            rows, = sent(self.device, shown.rows)
+            images, target = self.seen(shown, rows)
+            weights = None if self.w is None else self.w[rows]
+            with in_precision(self.trainer.precision, self.device):
+                return self.objective(self.model, images.to(**self.trainer._layout()), target, weights, self.draws)
+
+    def renew(self, epoch):
+        "Of a set that is drawn anew in every epoch, the images of this one."
+        if self.net is None or epoch == self.epoch: return
+        counts = [len(rows) for rows in self.data.per_class]
+        self.x, self.y = draw(self.net, self.data.recipe, counts, subseed(self.seed, "draw", epoch))
+        self.epoch = epoch
 
     def seen(self, shown, rows):
         "The images of a batch as they are shown, and what is to be said about them."
