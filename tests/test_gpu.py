@@ -31,7 +31,8 @@ from rdd_lib.training.unrolled import flatten, functional, unroll
 from rdd_lib.models import Net, build, statistics
 from rdd_lib.reproduce import executors
 from rdd_lib.cli import app
-from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness, three_attacks
+from rdd_lib.reproduce.guard import Condensed, robustness, three_attacks
+from rdd_lib.reproduce.proposition1 import bound_terms
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.cells import Protocol, score
 from rdd_lib.reproduce.store import CellKey, device_used

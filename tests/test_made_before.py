@@ -21,7 +21,8 @@ from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching
 from rdd_lib.distill.trajectory import TrajectoryMatching
 from rdd_lib.models import Net
-from rdd_lib.reproduce.guard import Condensed, bound_terms, robustness
+from rdd_lib.reproduce.guard import Condensed, robustness
+from rdd_lib.reproduce.proposition1 import bound_terms
 from rdd_lib.reproduce.cells import made
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.grid import run_grid

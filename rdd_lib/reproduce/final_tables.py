@@ -134,7 +134,7 @@ def final_rows(data: str,            # a data set's name
                           Combination(f"{plus} with hard labels", "G", "hard")]
 
 # %% ../../nbs/reproduce/893_final_tables.ipynb #b84d17e6
-_CAN_RUN = ("DC", "DC+", "MTT", "SRe2L", "SRe2L+", "SRe2L + Adv", "CDA", "CDA+", "GUARD")
+_CAN_RUN = ("DC", "DC+", "MTT", "TESLA", "SRe2L", "SRe2L+", "SRe2L + Adv", "CDA", "CDA+", "GUARD")
 
 def final_plans(page: Page, names,    # the paper's data sets
                 rows,                 # a data set's name -> `Combination`s
