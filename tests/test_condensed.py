@@ -144,7 +144,8 @@ def test_cells_share_their_sets_and_names_are_checked():
 
 def test_a_row_may_be_judged_in_another_way():
     "FRePo's students without norm, and DiM's of the frozen sample, are students of the same sets."
-    cells = dict(condensed_cells("smoke", "mnist5k", ["FRePo", "FRePo (no norm)", "DiM", "DiM (frozen)"], (1,), seeds=1))
+    labels = ["FRePo", "FRePo (no norm)", "DiM", "DiM (frozen)"]
+    cells = dict(condensed_cells("smoke", "mnist5k", labels, (1,), seeds=1))
     assert len(sets_of([*cells.values()])) == 2
     assert cells["FRePo (no norm)"]["protocol"].net.settings == {
         "norm": "none", "widen": 2, "norm_first": True, "init": "lecun", "width": 8}

@@ -601,6 +601,7 @@ def announced(monkeypatch):
     "Makes a registry look again, at things of a package that is not there."
     def look(registry, **things):
         group = f"rdd_lib.{registry.kind.replace(' ', '')}s"
+        assert len(registry) > 4                          # modules enter their things once: what is put back is whole
         points = {group: [Point(name, thing) for name, thing in things.items()]}
         monkeypatch.setattr("rdd_lib.core.entry_points", lambda group: points.get(group, []))
         for name, value in (("looked", False), ("found", dict(registry.found)), ("names", dict(registry.names))):

@@ -125,7 +125,7 @@ def digits(monkeypatch, train, test):
     "What the papers' cells and the shell load: the few images above."
     sets = {"train": train, "test": test}
     for place in ("rdd_lib.data.load", "rdd_lib.reproduce.cells.dataset", "rdd_lib.reproduce.mcs.dataset",
-                  "rdd_lib.reproduce.guard.dataset"):
+                  "rdd_lib.reproduce.proposition1.dataset"):
         monkeypatch.setattr(place, lambda name, split="train", *part, **how: sets[split])
 
 def moved(data, device): return replace(data, x=data.x.to(device), y=data.y.to(device))
@@ -381,7 +381,7 @@ def test_compression(gpu, train, name, monkeypatch, tmp_path):
         made = small(name).compress(train, ipc=2, seed=1, device=d)
         assert not any(t.is_cuda for t in vars(made).values() if torch.is_tensor(t))
         return made
-    twice = methods()[name].alias in ("tm", "mat", "dd", "guard", "dim")   # slopes of slopes, in another order
+    twice = methods()[name].alias in ("tm", "tm_zca", "tesla", "mat", "dd", "guard", "dim")   # slopes of slopes
     check(run, gpu, 1e-5 if twice else 0.)
 
 

@@ -193,7 +193,8 @@ def test_statistics_that_are_not_kept_are_refused_before_experts_are_trained(dig
 @pytest.mark.parametrize("data", DATASETS)
 @pytest.mark.parametrize("ipc", [1, 10, 50, None])
 def test_presets_build_and_describe(data, ipc):
-    tesla, tm = (find_method(name).build(data, ipc) for name in ("tesla", "tm"))
+    like = "tm_zca" if (data, ipc) == ("cifar100", 50) else "tm"         # the one row that is whitened
+    tesla, tm = (find_method(name).build(data, ipc) for name in ("tesla", like))
     assert tesla.gradient == "tesla" and describe(tesla)
     assert tesla.labels == ("expert" if data == "imagenet" else None)
     own = data in ("imagenet", "mnist5k") or (data, ipc) == ("cifar10", 1)

@@ -148,8 +148,8 @@ def frepo_settings(data: str,          # a data set's name
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0047
 @method("neural_feature_regression", "Zhou, Nezhadarya & Ba, NeurIPS 2022", alias="frepo", preset=frepo_settings,
-        says="FRePo: images and targets on whose features a regression knows the real ones. Whitened with MTT's map where "
-             "the paper whitens with its own; the settings for mnist5k are our choice.")
+        says="FRePo: images and targets on whose features a regression knows the real ones. Whitened with MTT's map "
+             "where the paper whitens with its own; the settings for mnist5k are our choice.")
 @dataclass(frozen=True)
 class NeuralFeatureRegression(Distiller):
     "FRePo: images and targets on whose features a regression knows the real images (Zhou et al. 2022, Algorithm 1)."
