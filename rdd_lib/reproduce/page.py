@@ -7,11 +7,12 @@ __all__ = ['given', 'Page', 'show']
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e0603
 from dataclasses import dataclass
+from pathlib import Path
 from ..core import MissingData
 from .cells import dataset, made, sets_of
 from .figures import compared, save_figure
 from .grid import run_grid
-from .tables import published, save_table
+from .tables import published, save_table, with_earlier
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e0607
 def given(**parameters) -> dict:
@@ -64,6 +65,17 @@ class Page:
         how = dict(executor=executor, workers=self.workers or None, threads=self.threads, resume=self.resume)
         if sets: run_grid(sets_of(cells), made, **how)
         return run_grid(cells, fn, **how)
+
+    def joined(self, table,       # as from `standings`, or of tests
+               kept: bool,        # False: the table as it is
+               keys,              # what names a row
+               part: str = "",    # of <name>_<part>.csv
+              ):                  # DataFrame
+        "With the rows of the table that stands in `out`, where they are not run now."
+        path = Path(self.out) / f"{'_'.join(filter(None, [self.name.partition('/')[2], part]))}.csv"
+        if not (kept and self.out and path.exists()): return table
+        import pandas as pd
+        return with_earlier(table, pd.read_csv(path), keys)
 
     def figures(self, table,       # as from `standings`
                 source: dict,      # as from `sources`

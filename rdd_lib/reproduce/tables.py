@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'papers_folder', 'published', 'Summary', 'summary', 'means', 'check_columns', 'wide', 'check_once', 'welch',
-           'beside', 'to_text', 'standings', 'scores_text', 'save_table']
+           'beside', 'to_text', 'standings', 'scores_text', 'with_earlier', 'save_table']
 
 # %% ../../nbs/reproduce/84_tables.ipynb #017196b2
 import os
@@ -258,6 +258,26 @@ def scores_text(side,     # as from `standings`
     told = side.drop(columns=["ours_lo", "ours_hi"])
     told.insert(list(side.columns).index("ours"), "interval", interval)
     return to_text(told)
+
+# %% ../../nbs/reproduce/84_tables.ipynb #8a1e0f27
+def with_earlier(now,        # DataFrame as from `standings`, or any other with these keys
+                 before,     # the same, of an earlier run
+                 keys,       # what names a row
+                ):           # DataFrame
+    "`now`, with the rows of `before` that it lacks, or has not run; those say so in `note`, where there is one."
+    import pandas as pd
+    def named(table): return [*zip(*(table[key] for key in keys), strict=True)]
+    def run(table): return table[table.ours.notna()] if "ours" in table else table
+    done = {*named(run(now))}
+    kept = run(before)
+    kept = kept[[row not in done for row in named(kept)]]
+    if "note" in kept: kept = kept.assign(note=[_and_earlier(note) for note in kept.note.fillna("")])
+    also, order = {*named(kept)}, {row: n for n, row in enumerate(named(now))}
+    joined = pd.concat([now[[row not in also for row in named(now)]], kept], ignore_index=True)
+    place = pd.Series([order.get(row, len(order)) for row in named(joined)])
+    return joined.iloc[place.argsort(kind="stable")].reset_index(drop=True)
+
+def _and_earlier(note): return "; ".join([*filter(None, [note.removesuffix("earlier run").strip("; ")]), "earlier run"])
 
 # %% ../../nbs/reproduce/84_tables.ipynb #01d387d7
 def save_table(df,                       # DataFrame
