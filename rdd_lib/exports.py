@@ -144,7 +144,7 @@ def _export_folder(data, path, normalise):
     if not head["bytes"]: x = (x.double() * 255).round().to(torch.uint8)
     tensors = {n: t for n, t in tensors.items() if n in _KINDS}
     head |= {"channels": data.shape[0], "kinds": {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items()}}
-    columns = _columns(tensors)
+    columns = _columns(tensors, data)
     with _whole_folder(path) as tmp:
         files = [f"new{c:03}/class{c:03}_id{i:03}.png" for c, i in _numbered(y.tolist())]
         for file, image in zip(files, x.permute(0, 2, 3, 1).cpu().numpy()):
@@ -161,11 +161,14 @@ def _numbered(labels):
         seen[c] = seen.get(c, -1) + 1
         yield c, seen[c]
 
-def _columns(tensors):
-    "{name of a column: its entries as text}: weights, indices, then a column of soft labels a class."
+def _columns(tensors, data):
+    "{name of a column: its entries as text}: weights, indices, then probabilities and targets, a column a class."
     columns = {n: [_exact(v) for v in tensors[n]] for n in ("weights", "indices") if n in tensors}
-    soft = tensors.get("soft_labels", torch.empty(0, 0))
-    return columns | {f"p{k}": [_exact(v) for v in column] for k, column in enumerate(soft.T)}
+    if "soft_labels" not in tensors: return columns
+    told = {"p": data.probabilities} | ({"t": data.soft_labels} if data.label_kind == "targets" else {})
+    for name, rows in told.items():
+        columns |= {f"{name}{k}": [_exact(v) for v in column] for k, column in enumerate(rows.T)}
+    return columns
 
 def _exact(t): return repr(t.item()) if t.dtype in (torch.float64, torch.int64) else f"{t.item():.9g}"
 
@@ -179,7 +182,8 @@ def restored_folder(root: Path) -> Compressed:
         tensors = {n: torch.tensor([json.loads(r[n]) for r in rows], dtype=kinds[n])
                    for n in ("weights", "indices") if n in kinds}
         if "soft_labels" in kinds:
-            soft = [[float(r[f"p{k}"]) for k in range(len(head["classes"]))] for r in rows]
+            name = "t" if head.get("label_kind") == "targets" else "p"
+            soft = [[float(r[f"{name}{k}"]) for k in range(len(head["classes"]))] for r in rows]
             tensors["soft_labels"] = torch.tensor(soft, dtype=kinds["soft_labels"])
         y = torch.tensor([int(r["label"]) for r in rows])
         return _joined(x if head["bytes"] else x.double() / 255, y, tensors, head)

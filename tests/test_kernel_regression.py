@@ -1,4 +1,5 @@
 """FRePo: an iteration restated plainly, its pool resumed to the same bytes, targets where they mean something."""
+import csv
 from dataclasses import replace
 import pytest
 import torch
@@ -137,6 +138,8 @@ def test_a_set_is_saved_read_and_exported_as_what_it_is(digits, tmp_path):
     for kind, name in (("pt", "s.pt"), ("folder", "s")):
         back = load_compressed(export(S, kind, tmp_path / name), "mnist5k")
         assert back.label_kind == "targets" and torch.equal(back.soft_labels, S.soft_labels)
+    first = next(csv.DictReader((tmp_path / "s/labels.csv").open()))                  # what others may read
+    assert [float(first[f"p{k}"]) for k in range(10)] == pytest.approx((S.soft_labels[0] / .3).softmax(0).tolist())
 
 
 def test_students_follow_the_targets_or_get_probabilities(digits):
