@@ -6,7 +6,7 @@
 __all__ = ['LABEL_KINDS', 'TEMPERATURE', 'FORMAT', 'Compressed', 'Generated', 'parts', 'assembled', 'save', 'read_compressed']
 
 # %% ../nbs/06_compressed.ipynb #e89d50db
-import json
+import json, math
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -34,7 +34,7 @@ class Compressed(ImageSet):
     views: ViewLabels | None = None      # what a teacher says about views of the images, for a student to learn
     provenance: dict = field(default_factory=dict)  # method and settings, seed, source, versions: plain data
     checkpoint: Path | None = None       # a file that holds the run until the set is saved
-    label_kind: str = "probabilities"    # of the soft labels; "targets": of a regression, whose rows sum to 0
+    label_kind: str = "probabilities"    # of the soft labels; "targets": of a regression, near centred one-hot labels
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,7 +68,7 @@ class Compressed(ImageSet):
     def probabilities(self) -> Tensor | None:
         "The soft labels as class probabilities, which targets of a regression are not."
         if self.label_kind == "probabilities": return self.soft_labels
-        return (self.soft_labels / TEMPERATURE).softmax(1)
+        return (self.soft_labels * math.sqrt(self.n_classes / 10) / TEMPERATURE).softmax(1)
 
     @property
     def gap(self) -> float | None:

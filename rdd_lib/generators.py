@@ -101,7 +101,7 @@ def restored_generator(recipe: dict,
         found, due = (tuple(tensors[name].shape), tensors[name].dtype), (tuple(t.shape), t.dtype)
         check(found == due, f"{told} takes {name!r} as {due}, got {found}")
         check(bool(tensors[name].isfinite().all()), f"{told} has weights that are no numbers, in {name!r}")
-    net.load_state_dict(tensors, assign=True)
+    net.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
     return net.eval().requires_grad_(False)
 
 # %% ../nbs/053_generators.ipynb #0530000e

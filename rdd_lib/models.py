@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MNIST_STATS', 'IMAGENET_STATS', 'STATS', 'MODELS', 'check_values', 'numbers', 'one_look', 'statistics', 'Normalized',
            'check_images', 'seeded', 'build', 'onto', 'Net', 'check_classes', 'eval_mode', 'frozen', 'check_precision',
-           'in_precision', 'takes_one', 'batch_of', 'sent', 'keep_heap']
+           'in_precision', 'whole_float32', 'takes_one', 'batch_of', 'sent', 'keep_heap']
 
 # %% ../nbs/04_models.ipynb #1a0f4c38
 import contextlib, copy
@@ -201,6 +201,14 @@ def check_precision(precision: str) -> None: check_one_of("precision", precision
 def in_precision(precision: str, device: torch.device):
     "A context in which networks compute in `precision`: mixed with bfloat16 for \"bf16\", as they are for \"float32\"."
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+@contextlib.contextmanager
+def whole_float32():
+    "Convolutions of a GPU in whole float32, where it may by default round their inputs to ten bits (TF32)."
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try: yield
+    finally: torch.backends.cudnn.allow_tf32 = before
 
 # %% ../nbs/04_models.ipynb #33442913
 def takes_one(model: nn.Module,

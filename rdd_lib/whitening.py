@@ -24,6 +24,8 @@ class Whitening:
     source: str       # fingerprint of the images that it is of
     eps: float        # that was added to their eigenvalues
 
+    def __deepcopy__(self, memo): return self          # a constant: copies of a network share it
+
     @cached_property
     def inverse(self) -> Tensor: return torch.linalg.inv(self.matrix.double())
 
@@ -80,7 +82,7 @@ def _of_own(source, name, eps):
           "call whitening(train, eps) once, with all its training images")
     return found
 
-def whitening_of(data: ImageSet,    # the training set, a part of it, or what it was compressed to
+def whitening_of(data: ImageSet,    # the training set, or what it was compressed to; by a data set's name, a part too
                  eps: float = .1,
                 ) -> Whitening:
     "The whitening of the whole training set behind `data`. Raises `BadArgument` where that is not known."
@@ -93,6 +95,9 @@ def whitening_of(data: ImageSet,    # the training set, a part of it, or what it
     return found
 
 # %% ../nbs/032_whitening.ipynb #0a8c0020
+@lru_cache(maxsize=4)
+def _matrix_on(whitening, device, dtype): return whitening.matrix.to(device, dtype)
+
 class Whitened(nn.Module):
     "`model(whitened pixels)`, for normalised images: what stands between `Normalized` and a network."
     def __init__(self, model: nn.Module,
@@ -100,14 +105,15 @@ class Whitened(nn.Module):
                  mean: Tensor, std: Tensor,    # (C, 1, 1) of the normalisation before
                 ):
         super().__init__()
-        self.model, self.source = model, f"{whitening.source}, eps={whitening.eps:g}"
+        self.model, self.whitening = model, whitening
         side = math.isqrt(len(whitening.mean) // len(mean))
         shift = mean - whitening.mean.to(mean).view(len(mean), side, side)
-        constants = dict(matrix=whitening.matrix, std=std, shift=shift)
-        # detached: a tensor of its own for each network, with the memory of one
-        for name, t in constants.items(): self.register_buffer(name, t.detach(), persistent=False)
+        for name, t in dict(std=std, shift=shift).items(): self.register_buffer(name, t.clone(), persistent=False)
 
-    def extra_repr(self): return self.source
+    def extra_repr(self): return f"{self.whitening.source}, eps={self.whitening.eps:g}"
+
+    @property
+    def matrix(self) -> Tensor: return _matrix_on(self.whitening, self.std.device, self.std.dtype)
 
     @property
     def classifier(self): return self.model.classifier

@@ -60,7 +60,7 @@ def plain(method, data, ipc, seed):
         with torch.no_grad(): u.copy_(((u * std + mean).clamp(0, 1) - mean) / std)
         rows = torch.randperm(len(u), generator=g)[:method.batch_net]
         draw = int(torch.randint(2 ** 62, (), generator=g))
-        if ages[k] >= method.updates: pool[k], ages[k] = fresh(draw), 0
+        if ages[k] > method.updates: pool[k], ages[k] = fresh(draw), 0
         else:
             opt.zero_grad()
             (.5 * ((net.train().model(u.detach()[rows]) - y.detach()[rows]) ** 2).sum(1).mean()).backward()

@@ -199,7 +199,7 @@ def test_presets_build_and_describe(data, ipc):
     assert tesla.labels == ("expert" if data == "imagenet" else None)
     own = data in ("imagenet", "mnist5k") or (data, ipc) == ("cifar10", 1)
     assert (tesla == replace(tm, gradient="tesla", iterations=10_000)) != own
-    soft = find_method("trajectory_matching_constant_memory").build(data, ipc, labels="expert")
+    soft = find_method("trajectory_matching_first_order").build(data, ipc, labels="expert")
     assert soft == replace(tesla, labels="expert")
 
 

@@ -27,6 +27,6 @@ def tesla_settings(data: str,          # name of a data set
     found = dict(zip(NAMES, row)) if row else paper_settings(data, ipc)
     return found | {"iterations": 10_000, "gradient": "tesla"} | _MORE.get(data, {})
 
-_ = method("trajectory_matching_constant_memory", "Cui et al., ICML 2023", alias="tesla", preset=tesla_settings,
+_ = method("trajectory_matching_first_order", "Cui et al., ICML 2023", alias="tesla", preset=tesla_settings,
            says="TESLA: trajectory matching with a gradient that takes each of the student's steps for itself; on "
                 "ImageNet with the experts' soft labels. Its settings for mnist5k are our choice.")(TrajectoryMatching)

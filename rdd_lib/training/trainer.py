@@ -22,7 +22,7 @@ from ..generators import draw
 from ..models import check_precision, in_precision, keep_heap, Net, one_look, sent, takes_one
 from .distil import Distil, taught, temperature_of
 from .objectives import session_of, Standard, trait
-from .squares import Squares, targets
+from .squares import regresses, Squares, targets
 from ..view_labels import digest_of, sizes_of, ViewLabels
 from ..views import batch_sizes, mixed_targets, showings, Shown, Views
 
@@ -288,7 +288,10 @@ class _Run:
             return self.scale.pixels(changed(self.scale.normalise(images))), y
         if shown.drawn is None: return images, y
         images = t.views.show(images, shown.drawn)
-        if self.labels is None: return images, mixed_targets(y, shown.drawn, self.data.n_classes, images.shape[-1])
+        if self.labels is None:
+            mixed = mixed_targets(y, shown.drawn, self.data.n_classes, images.shape[-1])
+            hard = y.dim() == 1 and mixed.dim() == 2 and regresses(t.objective)       # shares of classes, not targets
+            return images, mixed - 1 / self.data.n_classes if hard else mixed
         return images, (self.labels.of(shown, images) / temperature_of(t.objective)).softmax(1)
 
 class _Note:
