@@ -36,6 +36,8 @@ class Combination:
     labels: str = "S"      # a teacher, or "hard": the labels of the images
     changes: dict = field(default_factory=dict)   # settings of `SqueezeRecover`
     student: Net | None = None                    # None: a network like the teacher
+    method: Compressor | None = None              # another one, in the place of recovering and relabelling
+    trainer: Trainer | None = None                # of its students
 
 @dataclass(frozen=True)
 class Squeezed:
@@ -64,6 +66,7 @@ class Squeezed:
         "The method that makes set number `k` of a row."
         recover = with_settings(self.recover, **row.changes)
         def taught(name): return self.teacher(name, k, recover.squeeze)
+        if row.method is not None: return row.method
         if row.images == "real": images = Random()
         else: images = replace(recover, squeeze=taught(row.images), relabel=None)
         if row.labels == "hard": return images
@@ -72,6 +75,7 @@ class Squeezed:
 
     def trainer(self, row: Combination) -> Trainer:
         "Of a row's students: what a set's labels ask for; with hard labels, the same views, epochs and optimiser."
+        if row.trainer is not None: return row.trainer
         if row.labels != "hard": return Trainer()
         r = with_settings(self.recover, **row.changes).relabel
         return Trainer(epochs=r.epochs, batch=r.batch, views=r.views, follow=False, **r.student)
