@@ -105,11 +105,11 @@ def test_tables_1_and_2_of_guard_share_their_sets(page):
     folder = page("guard_early/table1", *small)
     table = pd.read_csv(folder / "table1.csv")
     assert len(table) == 20 and table[table.ours.notna()].method.tolist() == ["DC", "DC", "MTT", "MTT"]
-    assert {"DiM", "FRePo", "DD"} == set(table[table.note == "not run"].method) and "not yet" not in set(table.note)
+    assert {"DiM", "FRePo", "DD"} <= set(table[table.note == "not run"].method) and "not yet" not in set(table.note)
     page("guard_early/table1", *small[:-1], "methods=DC", "kept=True")
     again = pd.read_csv(folder / "table1.csv")
     assert again.drop(columns="note").equals(table.drop(columns="note"))
-    assert set(again[again.method == "MTT"].note) == {"earlier run"}
+    assert set(again[(again.method == "MTT") & again.ours.notna()].note) == {"earlier run"}
     sets = Path(os.environ["RDD_STORE"]).parent / "compressed"
     before = stamps(sets)
     assert len(before) == 2

@@ -76,6 +76,10 @@ def typed_settings(name: str,            # of the item, for messages
     return {k: typed(k, lookup(k, free, f"setting of {name}"), value) for k, value in settings.items()}
 
 # %% ../../nbs/reproduce/87_runner.ipynb #cc42e727
+# as ipykernel's launcher does it; a kernel that is ended while it waits would say so to the terminal
+_LAUNCH = ("import logging, sys; del sys.path[0]; logging.getLogger('asyncio').disabled = True; "
+           "from ipykernel.kernelapp import launch_new_instance as run; run()")
+
 @contextmanager
 def this_python():
     "For the time of the block, Jupyter's `python3` is this interpreter."
@@ -83,7 +87,8 @@ def this_python():
     ignored = filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"])
     env = {"PYTHONWARNINGS": ",".join(ignored), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     spec = get_kernel_dict() | {"env": env}
-    spec["argv"] = [*spec["argv"], "--log-level=CRITICAL"]     # interrupted at its end, it logs that as an error
+    python, _, _, *rest = spec["argv"]                          # python -m ipykernel_launcher -f ...
+    spec["argv"] = [python, "-c", _LAUNCH, *rest, "--log-level=CRITICAL"]     # interrupted, it logs that as an error
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder)/"kernels"/"python3").mkdir(parents=True)
