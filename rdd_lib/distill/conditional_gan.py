@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from ..core import check_one_of, Registry, subseed
 from ..generators import build_generator, noise_for
 from ..models import seeded
-from ..training.trainer import memory_of, remember
+from ..training.trainer import go_on_from, trained_state
 
 # %% ../../nbs/distill/793_conditional_gan.ipynb #79300006
 CRITICS = Registry("critic", exact=True)
@@ -141,12 +141,9 @@ class Game:
 
     def tensors(self) -> dict[str, Tensor]:
         "All that goes on from turn to turn."
-        own = {f"{name}.{n}": t for name, p in self.players.items() for n, t in p.state_dict().items()}
-        return own | {f"{name}.{n}": t for name, o in self.optimisers.items() for n, t in memory_of(o).items()}
+        own = (trained_state(name, player, self.optimisers[name]) for name, player in self.players.items())
+        return {n: t for tensors in own for n, t in tensors.items()}
 
     def recall(self, tensors: dict[str, Tensor]) -> None:
         "Put back what `tensors` gave."
-        for name, player in self.players.items():
-            of = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
-            player.load_state_dict({n: t for n, t in of.items() if not n.startswith("optimiser.")})
-            remember(self.optimisers[name], of)
+        for name, player in self.players.items(): go_on_from(tensors, name, player, self.optimisers[name])

@@ -22,7 +22,7 @@ from .synthetic import Story
 from ..files import Checkpoint
 from ..generators import draw, recipe_of
 from ..models import eval_mode, keep_heap, Net, numbers, one_look, onto, sent
-from ..training.trainer import memory_of, remember, Trainer
+from ..training.trainer import go_on_from, trained_state, Trainer
 from ..view_labels import sizes_of
 
 # %% ../../nbs/distill/794_generative.ipynb #79400006
@@ -181,16 +181,13 @@ class _Work:
 
     def tensors(self):
         if self.net is None: return self.game.tensors()
-        net = {f"net.{n}": t for n, t in self.net.state_dict().items()}
-        return self.game.tensors() | net | {f"net.{n}": t for n, t in memory_of(self.net_opt).items()}
+        return self.game.tensors() | trained_state("net", self.net, self.net_opt)
 
     def recall(self, tensors, net_epoch):
         self.game.recall(tensors)
         if net_epoch is None: return
         self.network(net_epoch)
-        of = {n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")}
-        self.net.load_state_dict({n: t for n, t in of.items() if not n.startswith("optimiser.")})
-        remember(self.net_opt, of)
+        go_on_from(tensors, "net", self.net, self.net_opt)
 
 class _Film(Story):
     "Losses of a run, and pictures of what the generator makes."

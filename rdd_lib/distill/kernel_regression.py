@@ -17,7 +17,7 @@ from ..core import check, check_number, check_whole, drawn, subseed
 from .synthetic import Distiller
 from ..models import check_values, frozen, Net, sent, whole_float32
 from ..training.squares import centred, Squares
-from ..training.trainer import memory_of, remember
+from ..training.trainer import go_on_from, trained_state
 from ..views import batch_sizes
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0011
@@ -102,18 +102,13 @@ class Pool:
     def tensors(self) -> dict[str, Tensor]:
         "All that is remembered of the networks, by name."
         found = {"ages": self.ages}
-        for k, (net, opt) in enumerate(zip(self.nets, self.opts)):
-            found |= {f"{k}.net.{name}": t for name, t in net.state_dict().items()}
-            found |= {f"{k}.{name}": t for name, t in memory_of(opt).items()}
+        for k, pair in enumerate(zip(self.nets, self.opts)): found |= trained_state(f"{k}", *pair)
         return found
 
     def recall(self, tensors: dict[str, Tensor]) -> None:
         "Put back what `tensors` gave."
         self.ages = tensors["ages"]
-        for k, (net, opt) in enumerate(zip(self.nets, self.opts)):
-            own = {name.removeprefix(f"{k}."): t for name, t in tensors.items() if name.startswith(f"{k}.")}
-            net.load_state_dict({n.removeprefix("net."): t for n, t in own.items() if n.startswith("net.")})
-            remember(opt, own)
+        for k, pair in enumerate(zip(self.nets, self.opts)): go_on_from(tensors, f"{k}", *pair)
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0041
 def first_targets(y: Tensor,      # (M,) labels
