@@ -211,6 +211,18 @@ class Checkpoint:
             self.path = write_tensors(path, tensors, key=self.key, of=self.what, **head)
         self.last = time.monotonic()
 
+    def keep(self, done: int,
+             every: int | None,   # steps between two notes; None: so that they cost less than a twentieth of the time
+             tensors,             # () -> what is to be written
+             **head) -> bool:
+        "Write down a run of which `done` steps are done, where it is time to; whether that was so."
+        due = done % every == 0 if every else self.due()
+        if self.path is None or not due: return False
+        begin = time.monotonic()
+        self.write(tensors(), done=done, **head)
+        self.every = max(2., 20 * (self.last - begin))
+        return True
+
     def end(self) -> None:
         "A note that nobody asked for goes; another one stays until its reader has saved the result."
         if self.path and not self.asked: self.path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 from dataclasses import replace
 import pytest
 import torch
+from conftest import Stopped
 import torch.nn.functional as F
 from torch.nn.utils import vector_to_parameters
 from rdd_lib.augmentation import Scale
@@ -138,14 +139,6 @@ def test_labels_follow_the_rate_unless_said(digits, buffers):
     assert made["said nothing"].x.equal(made["hard"].x) and made["hard"].soft_labels is None
     assert made["rate only"].soft_labels.equal(made["learned"].soft_labels)
     assert "labels" not in describe(TESLA) and describe(replace(TESLA, labels="expert"))["labels"] == "expert"
-
-
-class Stopped(list):
-    "A log that interrupts the run with its `last` entry."
-    def __init__(self, last): self.last = last
-    def append(self, loss):
-        super().append(loss)
-        if len(self) == self.last: raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stop", [1, 4])

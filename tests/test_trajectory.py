@@ -2,6 +2,7 @@
 from dataclasses import replace
 import pytest
 import torch
+from conftest import Stopped
 from safetensors.torch import save_file
 from rdd_lib.compressor import find_method
 from rdd_lib.core import BadArgument, BrokenFile, MissingData, describe
@@ -34,14 +35,6 @@ def buffers(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     EXPERTS(NET, digits, 2, folder, "cpu")
     return folder
-
-
-class Stopped(list):
-    "A log that interrupts the run with its `last` entry."
-    def __init__(self, last): self.last = last
-    def append(self, loss):
-        super().append(loss)
-        if len(self) == self.last: raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(augment=""), dict(batch_syn=7), dict(lr_label=1.),

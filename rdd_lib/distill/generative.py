@@ -6,7 +6,7 @@
 __all__ = ['STUDENT', 'GenerativeDistillation']
 
 # %% ../../nbs/distill/794_generative.ipynb #79400003
-import math, time
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -210,8 +210,5 @@ class _Keeper:
         return head["done"]
 
     def keep(self, done):
-        due = done % self.every == 0 if self.every else self.note.due()
-        if self.note.path is None or not due: return
-        begin = time.monotonic()
-        self.note.write(self.work.tensors() | self.story.tensors(), done=done, net_epoch=self.work.net_epoch)
-        self.note.every = max(2., 20 * (self.note.last - begin))         # so that it costs less than a twentieth
+        def tensors(): return self.work.tensors() | self.story.tensors()
+        self.note.keep(done, self.every, tensors, net_epoch=self.work.net_epoch)

@@ -6,7 +6,7 @@
 __all__ = ['first_images', 'start_of', 'RealBatches', 'State', 'Distiller', 'Story', 'ClassMatching']
 
 # %% ../../nbs/distill/70_synthetic.ipynb #1c785f33
-import math, time
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,14 +259,11 @@ class _Keeper:
         return self.kept
 
     def keep(self, done: int) -> None:
-        due = done % self.every == 0 if self.every else self.note.due()
-        if self.note.path is None or not due: return
-        begin = time.monotonic()
+        if self.note.keep(done, self.every, self.tensors): self.kept = done
+
+    def tensors(self) -> dict[str, Tensor]:
         tensors = {f"leaf.{name}": leaf.detach() for name, leaf in self.s.leaves.items()} | self.story.tensors()
-        tensors |= memory_of(self.opt) | {f"held.{name}": t for name, t in self.beside(self.s).items()}
-        self.note.write(tensors, done=done)
-        self.note.every = max(2., 20 * (self.note.last - begin))         # so that it costs less than a twentieth
-        self.kept = done
+        return tensors | memory_of(self.opt) | {f"held.{name}": t for name, t in self.beside(self.s).items()}
 
     def hint(self) -> str:
         if not self.kept: return ""
