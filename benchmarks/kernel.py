@@ -11,22 +11,18 @@ Noise of CIFAR-10's shape (whitening, of its own 3072 x 3072 matrix) and digits 
 begins alternates, the first pair warms up. Seconds are processor time; `ratio` is the median of the pairs, `lowest` and
 `highest` stand beside it; `ms` is for one pass or iteration.
 """
-import argparse
 import os
 import tempfile
 from dataclasses import replace
-import pandas as pd
 import torch
-from covering import machine
-from squeeze import pairs
+from squeeze import command, pairs
 from rdd_lib.core import generator_of
 from rdd_lib.data import ImageSet, load
 from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.generative import GenerativeDistillation
 from rdd_lib.distill.kernel_regression import frepo_settings, NeuralFeatureRegression
 from rdd_lib.distill.trajectory import TrajectoryMatching
-from rdd_lib.files import save_table
-from rdd_lib.models import keep_heap, Net
+from rdd_lib.models import Net
 from rdd_lib.whitening import whitening
 
 
@@ -91,24 +87,11 @@ def game(size, repeats):
 PARTS = {"whitening": whitened, "frepo": regression, "tesla": unrolled, "dim": game}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", help="write the table here, .csv or .parquet")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_heap()
-    rows, repeats = [], 1 if asked.quick else asked.repeats
+def rows(only, size, repeats):
     with tempfile.TemporaryDirectory() as store:
         os.environ["RDD_STORE"] = f"{store}/cells"                  # nothing is read from the user's cache
-        for part in asked.only:
-            for row in PARTS[part](5 if asked.quick else 100, repeats):
-                rows.append({"part": part} | row)
-                print(pd.Series(rows[-1]).to_string(), "\n", flush=True)
-    table = pd.DataFrame(rows).assign(repeats=repeats, threads=1, **machine())
-    if asked.out: save_table(table, asked.out)
+        for part in only:
+            for row in PARTS[part](size, repeats): yield {"part": part} | row
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": command(__doc__, PARTS, rows)

@@ -186,24 +186,28 @@ def size(b, repeats):
 STAGES = {"recover": recover, "views": views, "squeeze": squeeze, "relabel": relabel, "student": student, "bytes": size}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def rows(only, size, repeats):
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in DATA.items():
+            b = make(Path(folder), size)
+            for stage in only:
+                for row in STAGES[stage](b, repeats): yield {"stage": stage, "data": name, "net": b.net.name} | row
+
+
+def command(doc, parts, rows):
+    "What is typed: rows(names of parts, size in percent, repeats), each shown when it is there, and kept."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--only", nargs="*", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--only", nargs="*", default=list(parts), choices=list(parts))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", help="write the table here, .csv or .parquet")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows, repeats = [], 1 if asked.quick else asked.repeats
-    with tempfile.TemporaryDirectory() as folder:
-        for name, make in DATA.items():
-            b = make(Path(folder), 5 if asked.quick else 100)
-            for stage in asked.only:
-                for row in STAGES[stage](b, repeats):
-                    rows.append({"stage": stage, "data": name, "net": b.net.name} | row)
-                    print(pd.Series(rows[-1]).to_string(), "\n", flush=True)
-    table = pd.DataFrame(rows).assign(repeats=repeats, threads=1, **machine())
-    if asked.out: save_table(table, asked.out)
+    made, size, repeats = [], *((5, 1) if asked.quick else (100, asked.repeats))
+    for row in rows(asked.only, size, repeats):
+        made.append(row)
+        print(pd.Series(row).to_string(), "\n", flush=True)
+    if asked.out: save_table(pd.DataFrame(made).assign(repeats=repeats, threads=1, **machine()), asked.out)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": command(__doc__, STAGES, rows)
