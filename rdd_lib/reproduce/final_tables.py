@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'ClampedAdversarial', 'teachers', 'part_of', 'settings_of', 'final_plan', 'final_rows', 'matched_rows',
-           'final_plans', 'beside']
+           'final_plans', 'beside', 'all_data']
 
 # %% ../../nbs/reproduce/893_final_tables.ipynb #adfa4f70
 import re
@@ -189,3 +189,13 @@ def beside(page: Page, item: str,   # of the paper
     cells = [(label, c | {"data": name}) for name, r in ran.items() for label, c in r.students[0]]
     results = [x for r in ran.values() for x in r.students[1]]
     return scoreboard(cells, results, theirs, next(iter(ran.values())).scores, _CAN_RUN)
+
+def all_data(page: Page,
+             kept: bool,        # with the rows of an earlier run that are not run now
+             tables: dict,      # data set -> DataFrame
+             part: str,         # of the page's tables: <name>_<part>.csv
+            ):                  # DataFrame with a column `dataset`
+    "The tables of several data sets as one."
+    import pandas as pd
+    one = pd.concat(t.assign(dataset=name) for name, t in tables.items())
+    return page.joined(one, kept, ("dataset", "ipc", "method", "score"), part)

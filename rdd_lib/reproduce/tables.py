@@ -266,7 +266,9 @@ def with_earlier(now,        # DataFrame as from `standings`, or any other with 
                 ):           # DataFrame
     "`now`, with the rows of `before` that it lacks, or has not run; those say so in `note`, where there is one."
     import pandas as pd
-    def named(table): return [*zip(*(table[key] for key in keys), strict=True)]
+    if not len(now): now = before[:0]
+    def named(table):     # a nan is not the next one, None is
+        return [*zip(*(table[key].astype(object).where(table[key].notna(), None) for key in keys), strict=True)]
     def run(table): return table[table.ours.notna()] if "ours" in table else table
     done = {*named(run(now))}
     kept = run(before)
