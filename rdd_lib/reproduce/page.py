@@ -6,7 +6,7 @@
 __all__ = ['given', 'Page', 'show']
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e0603
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from ..core import MissingData
 from .cells import dataset, made, sets_of
@@ -29,6 +29,7 @@ class Page:
     resume: bool = True          # use the cells that are finished already
     workers: int = 1             # cells at a time, each with its share of the cores; 0: one a core
     threads: int | None = None   # of each cell
+    missing: set = field(default_factory=set, init=False, repr=False, compare=False)   # data sets not at hand
 
     @property
     def paper(self) -> str: return self.name.partition("/")[0]
@@ -51,7 +52,9 @@ class Page:
         for name, sep, images in (one.partition(":") for one in list(asked) or usual.get(self.profile, ["mnist"])):
             part = self.source(name) + sep + images
             try: print(name, "->", *(dataset(part, split) for split in ("train", "test")))
-            except MissingData as e: print(f"{name} is left out: {e}")
+            except MissingData as e:
+                self.missing.add(name)
+                print(f"{name} is left out: {e}")
             else: found[name] = part
         return found
 
@@ -71,7 +74,10 @@ class Page:
                keys,              # what names a row
                part: str = "",    # of <name>_<part>.csv
               ):                  # DataFrame
-        "With the rows of the table that stands in `out`, where they are not run now."
+        "With the rows of the table that stands in `out`, where they are not run now; says of which there is no data."
+        if "note" in table:
+            absent = (table.note == "not run") & table.dataset.isin(self.missing)
+            table = table.assign(note=table.note.mask(absent, "no data"))
         path = Path(self.out) / f"{'_'.join(filter(None, [self.name.partition('/')[2], part]))}.csv"
         if not (kept and self.out and path.exists()): return table
         import pandas as pd
