@@ -219,7 +219,8 @@ def compared(table,                      # as from `beside` or `standings`, for 
         plt.close(fig)
         for ax, s in zip(axes[0], scores, strict=True):
             for row in seen[seen["score"] == s].to_dict("records"): _compared_line(ax, row, names.index(row["method"]))
-            ax.set(xlabel="%", title=s.replace(" (", "\n("), yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5))
+            ax.set(xlabel="%", title=s.replace(" (", "\n("), yticks=range(len(names)), yticklabels=names,
+                   ylim=(len(names) - .5, -.5))
         fig.suptitle(title, fontsize=10)
     return fig
 
