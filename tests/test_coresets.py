@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, assume, given, settings, strategies as st
-from conftest import FULL
 from rdd_lib.published import load_compressed
 from rdd_lib.compressor import methods
 from rdd_lib.compressed import save
@@ -390,7 +389,6 @@ for k, name in zip((50, 30), sys.argv[1:]):
 
 
 @pytest.mark.skipif(find_spec("apricot") is None, reason="apricot-select is not installed")
-@pytest.mark.skipif(not FULL, reason="apricot compiles for longer than it runs; make test-all runs it")
 def test_facility_location_against_apricot(mnist5k, tmp_path):
     "The same objective to 1e-5, and the same picks up to the first tie; rows kept or computed."
     features = signals(sample(mnist5k, 400), FAST, device="cpu", keep=False).gradients

@@ -62,8 +62,9 @@ def same(net, attack, x, y, seed=0):
     return found
 
 
-@pytest.mark.parametrize("name, seed, stretched", [("usual", 0, False), ("usual", 7, True),        # every pair once
-                                                   ("hardened", 0, True), ("hardened", 7, False)])
+@pytest.mark.parametrize("stretched", [False, True])
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("name", ["usual", "hardened"])
 def test_square_same_points_as_the_authors(name, seed, stretched, nets, digits):
     found = same(nets[name], Square(Linf(.1), 500, stretched=stretched), *digits, seed)
     assert (found.step > 1).sum() >= 10 and found.robust_accuracy > .1           # neither too easy nor too hard to tell
