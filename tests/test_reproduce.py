@@ -11,7 +11,7 @@ from rdd_lib.reproduce.grid import CellError, product, run_grid, table
 from rdd_lib.reproduce.executors import cores
 from rdd_lib.reproduce.tables import beside, means, papers_folder, published, save_table, wide
 from rdd_lib.reproduce.figures import save_figure, scatter
-from rdd_lib.reproduce.runner import ReproductionFailed, items, reproduce
+from rdd_lib.reproduce.runner import ReproductionFailed, _LAUNCH, items, reproduce
 from rdd_lib.reproduce.store import CellKey, CellStore
 
 CALLS = []
@@ -250,6 +250,16 @@ def test_ctrl_c_in_a_notebook_is_ctrl_c(paper):
     write_notebook(paper/"nbs/papers/tiny/fig.ipynb", PARAMETERS, "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt): reproduce("tiny/fig")
     assert not list((paper/"figures").rglob("*.ipynb"))
+
+def test_a_kernel_that_is_ended_while_it_waits_tells_nothing():
+    "Its own logging settings come after ours, and would switch on again a logger that was switched off."
+    code = _LAUNCH.split("from ipykernel.kernelapp")[0] + """
+from ipykernel.kernelapp import IPKernelApp
+IPKernelApp.instance().initialize(["--log-level=CRITICAL"])
+print(logging.getLogger("asyncio").isEnabledFor(logging.ERROR), file=sys.__stdout__)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+
 
 def test_wrong_names_are_refused_before_anything_runs(paper):
     wrong = ((["tiny/gif"], {}, "tiny/fig"),

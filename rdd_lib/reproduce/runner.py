@@ -77,7 +77,8 @@ def typed_settings(name: str,            # of the item, for messages
 
 # %% ../../nbs/reproduce/87_runner.ipynb #cc42e727
 # as ipykernel's launcher does it; a kernel that is ended while it waits would say so to the terminal
-_LAUNCH = ("import logging, sys; del sys.path[0]; logging.getLogger('asyncio').disabled = True; "
+# (a level, for the kernel's own logging settings switch a disabled logger on again)
+_LAUNCH = ("import logging, sys; del sys.path[0]; logging.getLogger('asyncio').setLevel('CRITICAL'); "
            "from ipykernel.kernelapp import launch_new_instance as run; run()")
 
 @contextmanager
