@@ -191,11 +191,10 @@ def beside(page: Page, item: str,   # of the paper
     return scoreboard(cells, results, theirs, next(iter(ran.values())).scores, _CAN_RUN)
 
 def all_data(page: Page,
-             kept: bool,        # with the rows of an earlier run that are not run now
              tables: dict,      # data set -> DataFrame
              part: str,         # of the page's tables: <name>_<part>.csv
             ):                  # DataFrame with a column `dataset`
     "The tables of several data sets as one."
     import pandas as pd
     one = pd.concat(t.assign(dataset=name) for name, t in tables.items())
-    return page.joined(one, kept, ("dataset", "ipc", "method", "score"), part)
+    return page.joined(one, part)

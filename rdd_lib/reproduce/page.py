@@ -20,6 +20,8 @@ def given(**parameters) -> dict:
     return {name: value for name, value in parameters.items() if value}
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e060a
+_ROW = ("dataset", "ipc", "method", "score", "against")     # what names a row of a table
+
 @dataclass(frozen=True)
 class Page:
     "A figure or table of a paper: `sources`, `run`, `figures`, `keep`."
@@ -29,6 +31,7 @@ class Page:
     resume: bool = True          # use the cells that are finished already
     workers: int = 1             # cells at a time, each with its share of the cores; 0: one a core
     threads: int | None = None   # of each cell
+    kept: bool = False           # `joined` keeps the rows of an earlier run that are not run now
     missing: set = field(default_factory=set, init=False, repr=False, compare=False)   # data sets not at hand
 
     @property
@@ -70,18 +73,19 @@ class Page:
         return run_grid(cells, fn, **how)
 
     def joined(self, table,       # as from `standings`, or of tests
-               kept: bool,        # False: the table as it is
-               keys,              # what names a row
                part: str = "",    # of <name>_<part>.csv
               ):                  # DataFrame
-        "With the rows of the table that stands in `out`, where they are not run now; says of which there is no data."
+        """Where rows are `kept`, with those of the table that stands in `out` that are not run now.
+
+        Rows for which there is no data say so."""
         if "note" in table:
             absent = (table.note == "not run") & table.dataset.isin(self.missing)
             table = table.assign(note=table.note.mask(absent, "no data"))
         path = Path(self.out) / f"{'_'.join(filter(None, [self.name.partition('/')[2], part]))}.csv"
-        if not (kept and self.out and path.exists()): return table
+        if not (self.kept and self.out and path.exists()): return table
         import pandas as pd
-        return with_earlier(table, pd.read_csv(path), keys)
+        before = pd.read_csv(path)
+        return with_earlier(table, before, [name for name in _ROW if name in before])
 
     def figures(self, table,       # as from `standings`
                 source: dict,      # as from `sources`
