@@ -202,12 +202,15 @@ def _apart(heights, gap):
     return place
 
 # %% ../../nbs/reproduce/85_figures.ipynb #e6fd0e3a
+_OURS = dict(marker="o", ms=4, color=_colours(1)[0])
+_THEIRS = dict(marker="D", ms=4, mfc="white", color=".35")
+
 def compared(table,                      # as from `beside` or `standings`, for one data set
              title: str = "",
              width: float = 8.5,         # inches
             ):                           # matplotlib Figure
-    """Ours (filled, with its spread or interval) and the published number (hollow diamond): a line for each method, a
-    panel for each score."""
+    """Ours (filled, with its spread or its interval, whichever is wider, within 0 ... 100) and the published number
+    (hollow diamond): a line for each method, a panel for each score."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
     check_columns(table, ["method", "score", "ours", "ours_sd", "published", "published_sd"], "table")
@@ -222,6 +225,8 @@ def compared(table,                      # as from `beside` or `standings`, for 
             ax.set(xlabel="%", title=s.replace(" (", "\n("), yticks=range(len(names)), yticklabels=names,
                    ylim=(len(names) - .5, -.5))
         fig.suptitle(title, fontsize=10)
+        lines = [mpl.lines.Line2D([], [], ls="", **look) for look in (_OURS, _THEIRS)]
+        fig.legend(lines, ["ours", "published"], loc="outside right center", frameon=False, fontsize=8)
     return fig
 
 def _compared_line(ax, row, at):
@@ -229,12 +234,12 @@ def _compared_line(ax, row, at):
     ours, theirs = row["ours"], row["published"]
     if ours == ours and theirs == theirs: ax.plot([ours, theirs], [at, at], color=".7", lw=1, zorder=1)
     if theirs == theirs:
-        ax.errorbar(theirs, at, xerr=_or_zero(row["published_sd"]), fmt="D", ms=4, mfc="white", color=".35", lw=1)
+        ax.errorbar(theirs, at, xerr=_or_zero(row["published_sd"]), lw=1, **_THEIRS)
     if ours != ours: return
     sd = _or_zero(row["ours_sd"])
-    low = max(sd, _or_zero(ours - row.get("ours_lo", nan)))
-    high = max(sd, _or_zero(row.get("ours_hi", nan) - ours))
-    ax.errorbar(ours, at, xerr=[[low], [high]], fmt="o", ms=4, color=_colours(1)[0], lw=1.4)
+    low = min(ours, max(sd, _or_zero(ours - row.get("ours_lo", nan))))
+    high = min(100 - ours, max(sd, _or_zero(row.get("ours_hi", nan) - ours)))
+    ax.errorbar(ours, at, xerr=[[low], [high]], lw=1.4, **_OURS)
 
 # %% ../../nbs/reproduce/85_figures.ipynb #fad0a04d
 STYLES = {"clean": ("-", "clean"), "linf": ("--", "l_inf"), "l2": (":", "l_2")}

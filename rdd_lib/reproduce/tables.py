@@ -246,10 +246,18 @@ def standings(runs,                        # DataFrame, a row a student and scor
     side.loc[(side.note == "not yet") & (True if can_run is None else side.method.isin(can_run)), "note"] = "not run"
     mean = runs.groupby([*keys, "score"], sort=False)[["hits", "n_test"]].mean()
     bounds = wilson_columns(mean.hits, mean.n_test, "ours", scale=100).reset_index()
-    order = {"score": scores}
-    for name in ("method", *named): order[name] = [*dict.fromkeys([*theirs[name], *runs[name]])]
+    order = {"score": scores, "method": _beside_its_kind(theirs.method, runs.method)}
+    for name in named: order[name] = [*dict.fromkeys([*theirs[name], *runs[name]])]
     def place(column): return column.map(order[column.name].index) if column.name in order else column
     return side.merge(bounds, how="left").sort_values([*keys, "score"], key=place, ignore_index=True)
+
+def _beside_its_kind(published, run):
+    "Methods in the order of publication; `FRePo (no norm)`, which is ours, after FRePo."
+    order = [*dict.fromkeys(published)]
+    for name in dict.fromkeys(run):
+        kind = [i for i, other in enumerate(order) if other.partition(" (")[0] == name.partition(" (")[0]]
+        if name not in order: order.insert(kind[-1] + 1 if kind else len(order), name)
+    return order
 
 def scores_text(side,     # as from `standings`
                ) -> str:
@@ -274,10 +282,18 @@ def with_earlier(now,        # DataFrame as from `standings`, or any other with 
     kept = run(before)
     kept = kept[[row not in done for row in named(kept)]]
     if "note" in kept: kept = kept.assign(note=[_and_earlier(note) for note in kept.note.fillna("")])
-    also, order = {*named(kept)}, {row: n for n, row in enumerate(named(now))}
+    also, order = {*named(kept)}, _with_others(named(now), named(kept), named(before))
     joined = pd.concat([now[[row not in also for row in named(now)]], kept], ignore_index=True)
-    place = pd.Series([order.get(row, len(order)) for row in named(joined)])
+    place = pd.Series([order.index(row) for row in named(joined)], dtype=int)
     return joined.iloc[place.argsort(kind="stable")].reset_index(drop=True)
+
+def _with_others(order, others, before):
+    "The rows in order, each of the others before the row that followed it."
+    order, others, place = [*order], {*others} - {*order}, len(order)
+    for row in reversed(before):
+        if row in others: order.insert(place, row)
+        elif row in order: place = order.index(row)
+    return order
 
 def _and_earlier(note): return "; ".join([*filter(None, [note.removesuffix("earlier run").strip("; ")]), "earlier run"])
 
