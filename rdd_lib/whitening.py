@@ -37,7 +37,7 @@ class Whitening:
         check(found == d, f"zca whitens images of {d} values, these have {found}")
         return (v.flatten(1).double() @ self.inverse + self.mean).view(v.shape)
 
-LARGEST = 8192     # values an image: a matrix of 256 MiB, an hour for its eigenvectors
+LARGEST = 8192     # values an image: a matrix of 256 MiB
 
 def _fitted(data, eps):
     def batches():
@@ -82,7 +82,7 @@ def _of_own(source, name, eps):
           "call whitening(train, eps) once, with all its training images")
     return found
 
-def whitening_of(data: ImageSet,    # the training set, or what it was compressed to; by a data set's name, a part too
+def whitening_of(data: ImageSet,    # a training set, or compressed; of a set that is loaded by name, a part as well
                  eps: float = .1,
                 ) -> Whitening:
     "The whitening of the whole training set behind `data`. Raises `BadArgument` where that is not known."

@@ -63,6 +63,8 @@ class Lamb(torch.optim.Optimizer):
         p -= lr * torch.where(known, length / torch.where(known, step, 1), 1.) * u
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0033
+# 128, 256, 512 channels; batch norms before the second and third convolution, whose statistics are nine tenths the last
+# batch's; LeCun's initialisation
 FREPO_NET = Net("convnet", dict(norm="fast_batch", widen=2, norm_first=True, init="lecun"))
 
 # %% ../../nbs/distill/792_kernel_regression.ipynb #0a8f0031
@@ -156,7 +158,7 @@ class NeuralFeatureRegression(Distiller):
     "FRePo: images and targets on whose features a regression knows the real images (Zhou et al. 2022, Algorithm 1)."
     iterations: int = 500_000
     lr: float = 3e-4              # of LAMB: the part of its length by which a leaf moves in a step
-    momentum: float = 0.          # LAMB has none
+    momentum: float = 0.          # must be 0: LAMB has moments of its own
     augment: str = ""
     net: Net = FREPO_NET
     batch_real: int = 1024        # real images, of all classes

@@ -12,7 +12,8 @@ from .trajectory import DEEP, NAMES, paper_settings, TrajectoryMatching, WHITENE
 from ..models import Net
 
 # %% ../../nbs/distill/741_tesla.ipynb #7e51a016
-SETTINGS = {("cifar10", 1): (50, 2, 5, 1e3, 1e-7, .01, None, Net()),      # data set, images per class (None: any)
+# data set, images per class (None: any) -> student_steps, expert_epochs, max_start, lr, lr_alpha, alpha, batch_syn, net
+SETTINGS = {("cifar10", 1): (50, 2, 5, 1e3, 1e-7, .01, None, Net()),
             ("cifar100", 50): (80, 2, 40, 1e3, 1e-5, .01, 125, WHITENED),
             ("imagenet", None): (10, 3, 10, 1e4, 1e-4, .01, 100, DEEP),
             ("mnist5k", None): (8, 1, 3, 300., 1e-4, .02, 50, Net("convnet", {"width": 16}))}
