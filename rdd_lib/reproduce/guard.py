@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'STRENGTHS', 'KEPT', 'CONDENSERS', 'OWN_NETS', 'CONDENSED_PLANS', 'three_attacks', 'in_reading',
            'more_attacks', 'Condensed', 'robustness', 'student_trainer', 'hardened', 'CondensedPlan', 'condenser',
-           'judged_as', 'changed', 'condensed_cells', 'called', 'scoreboard', 'students_of', 'of_these',
+           'plain_twin', 'judged_as', 'changed', 'condensed_cells', 'called', 'scoreboard', 'students_of', 'of_these',
            'tests_against', 'tests_text']
 
 # %% ../../nbs/reproduce/89_guard.ipynb #8c6644b7
@@ -131,22 +131,23 @@ class CondensedPlan:
 
 def _narrow(width): return Net("convnet", dict(width=width))
 
-def _short(width, gradient, distribution, training, trajectory, smooth, tesla, regression, generative):
+def _short(width, gradient, distribution, training, trajectory, adversarial, regression, generative):
     "What a profile changes: all networks, and the settings of each kind of method."
     matched = {name: gradient for name in ("dc", "dsa", "guard")}
-    others = {"dm": distribution, "dd": training, "tm": trajectory, "mat": trajectory | smooth,
-              "tesla": trajectory | tesla, "dim": generative,
+    others = {"dm": distribution, "dd": training, "tm": trajectory, "tesla": trajectory, "mat": adversarial,
+              "dim": generative,
               "frepo": {"net.settings.width": width, "lr": .01, "student_lr": 1e-3} | regression}
     return {"": dict(net=_narrow(width))} | matched | others
+
+_MATCHED = {"iterations": 50, "max_start": 3, "student_steps": 10,
+            "experts.n": 2, "experts.epochs": 4, "experts.lr": .05}
 
 CONDENSED_PLANS = {
     "smoke": CondensedPlan(
         2, (1, 10), Condensed(_narrow(8), Trainer(steps=100, lr=.05, batch=256, schedule="step"), n_test=200),
         _short(8, gradient=dict(iterations=60, lr=1., batch_real=32, outer=2, inner=5),
                distribution=dict(iterations=100, batch_real=32), training=dict(iterations=40, batch_real=128),
-               trajectory={"iterations": 50, "max_start": 3, "student_steps": 10,
-                           "experts.n": 2, "experts.epochs": 4, "experts.lr": .05},
-               smooth={"experts.ema": .9, "experts.objective.attack.steps": 3}, tesla={},
+               trajectory=_MATCHED, adversarial=_MATCHED | {"experts.ema": .9, "experts.objective.attack.steps": 3},
                regression=dict(iterations=60, batch_real=64, student_steps=100),
                generative=dict(width=8, convs=1, depth=5, epochs=1, lr=6e-4, batch=32, match_epochs=1, real_steps=1,
                                nets=(_narrow(8),), student=STUDENT | {"epochs": 50}))),
@@ -154,11 +155,13 @@ CONDENSED_PLANS = {
         3, (1,), Condensed(_narrow(32), n_test=1000),
         _short(32, gradient=dict(iterations=400, lr=.4, batch_real=64),
                distribution=dict(iterations=1000, batch_real=64), training=dict(iterations=300, batch_real=256),
-               trajectory={"net": Net("mlp"), "iterations": 600, "lr": 1000., "lr_alpha": 1e-4, "alpha": .1,
-                           "student_steps": 20, "expert_epochs": 2, "max_start": 3, "augment": "",
-                           "experts.n": 5, "experts.lr": .1, "experts.augment": ""},
-               smooth={"experts.ema": .99, "experts.objective.attack.steps": 5,
-                       "experts.objective.attack.step_size": .04}, tesla={},
+               trajectory={"net": _narrow(16), "iterations": 400, "lr": 100., "lr_alpha": 1e-4, "alpha": .1,
+                           "student_steps": 20, "expert_epochs": 1, "max_start": 3, "batch_syn": 50, "augment": "",
+                           "experts.n": 3, "experts.augment": ""},
+               adversarial={"net": Net("mlp"), "iterations": 600, "lr": 1000., "lr_alpha": 1e-4, "alpha": .1,
+                            "student_steps": 20, "expert_epochs": 2, "max_start": 3, "augment": "",
+                            "experts.n": 5, "experts.lr": .1, "experts.augment": "", "experts.ema": .99,
+                            "experts.objective.attack.steps": 5, "experts.objective.attack.step_size": .04},
                regression=dict(iterations=800, batch_real=256, student_steps=500),
                generative=dict(width=32, convs=1, depth=5, epochs=1, lr=6e-4, batch=32, match_epochs=1, match_lr=3e-5,
                                real_steps=1, nets=(_narrow(32),), student=STUDENT | {"epochs": 100}))),
@@ -175,6 +178,11 @@ def condenser(label: str,     # one of `CONDENSERS`
     changes = lookup(profile, CONDENSED_PLANS, "profile").changes
     shared = {} if name in OWN_NETS else changes.get("", {})
     return find_method(name).build(data, ipc, **shared | changes.get(name, {}) | settings)
+
+def plain_twin(profile: str) -> dict:   # settings of "MTT"
+    "What MAT has in this profile, but for the experts' attack and their average: that is all in which TM differs then."
+    mat = lookup(profile, CONDENSED_PLANS, "profile").changes.get("mat", {})
+    return {name: v for name, v in mat.items() if not name.startswith(("experts.ema", "experts.objective"))}
 
 def judged_as(label: str,     # one of `CONDENSERS`
               method: Compressor,
