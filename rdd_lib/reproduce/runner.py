@@ -8,11 +8,13 @@ __all__ = ['OWN', 'PROFILES', 'Item', 'items', 'parameters_of', 'typed_settings'
 
 # %% ../../nbs/reproduce/87_runner.ipynb #c6742cd9
 import ast, json, logging, os, re, shutil, sys, tempfile, threading, time
+from base64 import b64decode, b64encode
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import BrokenFile, MissingData, RddError, check, lookup, typed
 from ..files import atomic, writing
+from .figures import of_256_colours
 from .tables import papers_folder
 
 # %% ../../nbs/reproduce/87_runner.ipynb #32782907
@@ -126,14 +128,15 @@ def _patterns(places):
     return found
 
 def _told(o, paths):
-    "All text in nested data without addresses, cells' files and paths; pictures stay as they are."
-    def pictures(k): return k.startswith(("image/png", "image/jpeg"))
-    if isinstance(o, dict): return {k: v if pictures(k) else _told(v, paths) for k, v in o.items()}
+    "All text in nested data without addresses, cells' files and paths; pictures as `of_256_colours`."
+    if isinstance(o, dict): return {k: _light(v) if k == "image/png" else _told(v, paths) for k, v in o.items()}
     if isinstance(o, list): return [_told(v, paths) for v in o]
     if not isinstance(o, str): return o
     o = _ADDRESS.sub("", _CELL.sub("<cell>", o))
     for pattern, name in paths: o = pattern.sub(lambda m, name=name: name, o)
     return o
+
+def _light(picture): return b64encode(of_256_colours(b64decode(picture))).decode()
 
 def _without_bars(outputs):
     """The outputs of a cell without progress bars.
