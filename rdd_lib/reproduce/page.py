@@ -50,15 +50,17 @@ class Page:
                                # the profile says
                 **usual,       # profile -> data sets; where it is not named: mnist
                ) -> dict:      # the paper's name -> ours
-        "The data sets that are at hand. The others are left out, and it is said so."
-        found = {}
+        "The data sets that are at hand. The others are left out, and it is said so. Raises `MissingData` for none."
+        found, absent = {}, None
         for name, sep, images in (one.partition(":") for one in list(asked) or usual.get(self.profile, ["mnist"])):
             part = self.source(name) + sep + images
             try: print(name, "->", *(dataset(part, split) for split in ("train", "test")))
             except MissingData as e:
                 self.missing.add(name)
+                absent = e
                 print(f"{name} is left out: {e}")
             else: found[name] = part
+        if absent and not found: raise absent
         return found
 
     def run(self, cells,           # arguments of `fn`, each alone or at the end of a tuple
