@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import FULL
+from rdd_lib.core import MissingData
+from rdd_lib.reproduce.page import Page
 from rdd_lib.reproduce.runner import items
 
 RDD = Path(sys.executable).parent / "rdd"
@@ -39,6 +41,17 @@ def test_from_the_shell_through_a_kernel_to_a_figure(tmp_path):
     made = {p.name for p in (tmp_path / "figures/smoke/mcs").iterdir()}
     assert {"budget.csv", "budget.ipynb", "budget_std.png"} <= made
     assert len(cells("score-*.json")) == 2
+
+
+def test_a_page_without_any_of_its_data_sets_says_so(monkeypatch):
+    "Of several, one may be missing."
+    def at_hand(name, split):
+        if name == "cifar10": raise MissingData("no cifar10 here")
+        return name
+    monkeypatch.setattr("rdd_lib.reproduce.page.dataset", at_hand)
+    tables = Page("mcs/table1", "cpu")
+    assert tables.sources(["mnist", "cifar10"]) == {"mnist": "mnist"} and tables.missing == {"cifar10"}
+    with pytest.raises(MissingData, match="no cifar10 here"): tables.sources(["cifar10"])
 
 
 def test_fig1(page):
