@@ -28,13 +28,13 @@ EPILOG = {
               "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o a.csv",
               "rdd score mcs.safetensors --net mlp --train certified --certify",
               "rdd score guard_sre2l.safetensors --train standard --attack quick",
-              "rdd score frepo.safetensors --train standard --net convnet --set net.settings.width=32",
+              "rdd score frepo.safetensors --train standard --net convnet --set net.settings.norm=none",
               "rdd score cifar10_zca_50 --data cifar10 --net convnet --set net.whiten=.1",
               "rdd score res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --stats dc --net convnet"],
     "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify",
              "rdd show mcs.safetensors --picture mcs.png"],
     "reproduce": ["rdd reproduce mcs/fig2 --profile smoke", "rdd reproduce all --profile cpu",
-                  "rdd reproduce mcs/fig1 --set n=300"],
+                  "rdd reproduce mcs/fig1 --set k=20"],
     "list": ["rdd list", "rdd list methods"]}
 
 def _examples(name): return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in EPILOG[name])
@@ -138,7 +138,7 @@ def _attacks():
 
 def _items():
     from rdd_lib.reproduce.runner import items
-    return [(i.name, f"{i.title}. {i.promise}") for i in items()]
+    return [(i.name, f"{i.title}{'' if i.title.endswith('?') else '.'} {i.promise}") for i in items()]
 
 LISTS = {"data": ("data sets", _data),
          "methods": ("methods (`rdd compress`)", _methods),

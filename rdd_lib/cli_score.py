@@ -14,7 +14,7 @@ from .attacks.threats import Linf, threat_of
 from .attacks.until_broken import fingerprint
 from .certificates.bounds import steps_of
 from .certificates.certificate import certify
-from .core import check, device_of, digest, MissingData, progress, with_settings
+from .core import check, describe, device_of, digest, MissingData, progress, with_settings
 from .data import ImageSet, sample
 from .evaluation.diagnostics import diagnose
 from .evaluation.outcome import evaluate
@@ -85,6 +85,13 @@ def _test_images(asked, S):
 def _student_told(net):
     return net.name + (f" on whitened images (eps={net.whiten:g})" if net.whiten else "")
 
+def _made_with(S, student):
+    "The network that the set was made with, where it is another than the student's."
+    made = (S.provenance or {}).get("method", {}).get("net")
+    if not isinstance(made, dict) or made == describe(student): return ""
+    settings = ", ".join(f"{name}={value}" for name, value in made["settings"].items())
+    return f"{made['name']}({settings})" + (" on whitened images" if made.get("whiten") else "")
+
 def _followed(trainer, S):
     "What a set says of its students' training; empty: nothing, or they do not follow."
     labels, rule = trainer.labels(S), S.schedule if trainer.follow else None
@@ -139,6 +146,7 @@ def scored(S: ImageSet,    # a compressed set
     if asked.certify or asked.train == "certified": steps_of(student(S))
     say(f"{len(S)} images of {S.name}; {asked.train} training of {_student_told(student)}; {asked.attack} attack, "
         f"{ball}; {len(test)} test images")
+    if made := _made_with(S, student): say(f"  the set was made with another network, {made}")
     if followed := _followed(trainer, S): say(f"  students follow the set's own {followed} (--set follow=False: not)")
     outcomes, floors = [], []
     for s in progress(range(asked.seeds), desc="students"):

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 import pytest
 import torch
+from rdd_lib.cli import EPILOG
 from rdd_lib.published import load_compressed
+from rdd_lib.reproduce.runner import items, parameters_of, typed_settings
 
 RDD = Path(sys.executable).parent / "rdd"
 NAMES = ("mnist5k", "minimal_coreset (mcs)", "distribution_matching (dm)", "(dc)", "(dsa)", "(tm)", "(dd)", "(guard)",
@@ -23,6 +25,15 @@ def test_list_knows_everything_in_a_process_of_its_own(tmp_path):
     done = subprocess.run([RDD, "list"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in NAMES: assert name in done.stdout
+
+
+def test_the_examples_of_reproduce_name_settings_that_exist():
+    paths, asked = {i.name: i.path for i in items()}, 0
+    for line in EPILOG["reproduce"]:
+        if "--set" not in line: continue
+        _, _, item, _, setting = line.split()
+        asked += len(typed_settings(item, parameters_of(paths[item]), dict([setting.split("=")])))
+    assert asked == 1
 
 
 def test_help_answers_with_examples(rdd):
