@@ -226,8 +226,9 @@ def compared(table,                      # as from `beside` or `standings`, for 
             ax.set(xlabel="%", title=s.replace(" (", "\n("), yticks=range(len(names)), yticklabels=names,
                    ylim=(len(names) - .5, -.5))
         fig.suptitle(title, fontsize=10)
-        lines = [mpl.lines.Line2D([], [], ls="", **look) for look in (_OURS, _THEIRS)]
-        fig.legend(lines, ["ours", "published"], loc="outside right center", frameon=False, fontsize=8)
+        if seen.published.notna().any():
+            lines = [mpl.lines.Line2D([], [], ls="", **look) for look in (_OURS, _THEIRS)]
+            fig.legend(lines, ["ours", "published"], loc="outside right center", frameon=False, fontsize=8)
     return fig
 
 def _compared_line(ax, row, at):
