@@ -87,10 +87,10 @@ def _student_told(net):
 
 def _made_with(S, student):
     "The network that the set was made with, where it is another than the student's."
-    made = (S.provenance or {}).get("method", {}).get("net")
+    made = S.provenance.get("method", {}).get("net")
     if not isinstance(made, dict) or made == describe(student): return ""
     settings = ", ".join(f"{name}={value}" for name, value in made["settings"].items())
-    return f"{made['name']}({settings})" + (" on whitened images" if made.get("whiten") else "")
+    return _student_told(Net(made["name"], whiten=made.get("whiten", 0.))) + f" with {settings}" * bool(settings)
 
 def _followed(trainer, S):
     "What a set says of its students' training; empty: nothing, or they do not follow."

@@ -309,7 +309,7 @@ def _legend(fig, colours, published):
 # %% ../../nbs/reproduce/85_figures.ipynb #1196c70f
 def of_256_colours(png: bytes,   # a picture without transparency
                   ) -> bytes:    # png
-    "The picture with a palette, where that takes fewer bytes: a third of them for a line chart."
+    "The picture with a palette, where that takes fewer bytes: less than half for a line chart."
     from PIL import Image
     few = BytesIO()
     Image.open(BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(few, "png", optimize=True)

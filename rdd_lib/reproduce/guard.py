@@ -139,15 +139,15 @@ def _short(width, gradient, distribution, training, trajectory, adversarial, reg
               "frepo": {"net.settings.width": width, "lr": .01, "student_lr": 1e-3} | regression}
     return {"": dict(net=_narrow(width))} | matched | others
 
-_MATCHED = {"iterations": 50, "max_start": 3, "student_steps": 10,
-            "experts.n": 2, "experts.epochs": 4, "experts.lr": .05}
+_BRIEF = {"iterations": 50, "max_start": 3, "student_steps": 10,
+          "experts.n": 2, "experts.epochs": 4, "experts.lr": .05}
 
 CONDENSED_PLANS = {
     "smoke": CondensedPlan(
         2, (1, 10), Condensed(_narrow(8), Trainer(steps=100, lr=.05, batch=256, schedule="step"), n_test=200),
         _short(8, gradient=dict(iterations=60, lr=1., batch_real=32, outer=2, inner=5),
                distribution=dict(iterations=100, batch_real=32), training=dict(iterations=40, batch_real=128),
-               trajectory=_MATCHED, adversarial=_MATCHED | {"experts.ema": .9, "experts.objective.attack.steps": 3},
+               trajectory=_BRIEF, adversarial=_BRIEF | {"experts.ema": .9, "experts.objective.attack.steps": 3},
                regression=dict(iterations=60, batch_real=64, student_steps=100),
                generative=dict(width=8, convs=1, depth=5, epochs=1, lr=6e-4, batch=32, match_epochs=1, real_steps=1,
                                nets=(_narrow(8),), student=STUDENT | {"epochs": 50}))),

@@ -255,8 +255,9 @@ def _beside_its_kind(published, run):
     "Methods in the order of publication; `FRePo (no norm)`, which is ours, after FRePo."
     order = [*dict.fromkeys(published)]
     for name in dict.fromkeys(run):
+        if name in order: continue
         kind = [i for i, other in enumerate(order) if other.partition(" (")[0] == name.partition(" (")[0]]
-        if name not in order: order.insert(kind[-1] + 1 if kind else len(order), name)
+        order.insert(kind[-1] + 1 if kind else len(order), name)
     return order
 
 def scores_text(side,     # as from `standings`
@@ -282,9 +283,10 @@ def with_earlier(now,        # DataFrame as from `standings`, or any other with 
     kept = run(before)
     kept = kept[[row not in done for row in named(kept)]]
     if "note" in kept: kept = kept.assign(note=[_and_earlier(note) for note in kept.note.fillna("")])
-    also, order = {*named(kept)}, _with_others(named(now), named(kept), named(before))
+    order = {row: n for n, row in enumerate(_with_others(named(now), named(kept), named(before)))}
+    also = {*named(kept)}
     joined = pd.concat([now[[row not in also for row in named(now)]], kept], ignore_index=True)
-    place = pd.Series([order.index(row) for row in named(joined)], dtype=int)
+    place = pd.Series([order[row] for row in named(joined)], dtype=int)
     return joined.iloc[place.argsort(kind="stable")].reset_index(drop=True)
 
 def _with_others(order, others, before):
