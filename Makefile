@@ -41,13 +41,13 @@ readme: .venv/ready  ## README.md, benchmarks/README.md and the map nbs/README.m
 
 lock: .venv/ready  ## requirements.lock from settings.ini
 	printf 'requests>=2.32\n' > .venv/override.txt   # torchattacks pins requests~=2.25.1 and never imports it
-	$(BIN)/uv pip compile --quiet --universal --python-version $$(sed -n 's/^min_python = //p' settings.ini) --extra dev --extra oracles \
+	$(BIN)/uv pip compile --quiet --universal --python-version $$(sed -n 's/^min_python = //p' settings.ini) --extra dev --extra all --extra attacks \
 	  --override .venv/override.txt --no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:      ## remove the environment and what builds leave behind
 	rm -rf .venv build dist *.egg-info _proc .pytest_cache .ruff_cache
 
-.venv/ready: requirements.lock settings.ini setup.py pyproject.toml
+.venv/ready: requirements.lock settings.ini hatch_build.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "rdd_lib needs Python 3.10 ... 3.13; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another one: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \

@@ -91,11 +91,11 @@ def lookup(name: str,    # what the user typed
            table: dict,  # name -> thing
            what: str,    # "data set", "method", ...: for the message
           ):
-    "`table[name]`, or an `UnknownName` that lists the nearest names."
+    "`table[name]`, or an `UnknownName` that lists the nearest names; where none is near, all."
     if name in table: return table[name]
-    near = get_close_matches(str(name), list(table), n=3, cutoff=.4)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise UnknownName(f"unknown {what} {name!r}; {hint}known: {', '.join(table)}")
+    near = get_close_matches(str(name), list(table), n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(table)}"
+    raise UnknownName(f"unknown {what} {name!r}; {hint}")
 
 # %% ../nbs/00_core.ipynb #0c0de702
 class Registry(MutableMapping):
@@ -218,7 +218,7 @@ def _spelled(text, a_list=False):
     if text.startswith("."): text = "0" + text
     try: return json.loads(f"[{inside}]" if a_list else text)
     except json.JSONDecodeError:
-        if a_list: return [word.strip() for word in inside.split(",")]
+        if a_list: return [_spelled(word.strip()) for word in inside.split(",")]
         return float(text) if text in ("inf", "-inf") else text
 
 def typed(name: str,                # of the setting, for the message

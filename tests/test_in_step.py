@@ -25,7 +25,7 @@ def exported(tmp_path_factory):
     copy.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in ("nbs", "rdd_lib"): shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name in ("settings.ini", "pyproject.toml", "setup.py"): shutil.copy(ROOT / name, copy)
+    for name in ("settings.ini", "pyproject.toml", "hatch_build.py"): shutil.copy(ROOT / name, copy)
     shutil.rmtree(copy / "rdd_lib")
     (copy / "rdd_lib").mkdir()
     for command in ("nbdev_export", "nbdev_clean"):

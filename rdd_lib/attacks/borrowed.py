@@ -14,13 +14,12 @@ from torch import nn
 from .threats import Threat
 from .walk import Walk
 from ..core import check, lookup
+from ..extras import needed
 from ..models import eval_mode, seeded
 
 # %% ../../nbs/attacks/29_borrowed.ipynb #84b5fd25
 def _torchattacks():
-    try: import torchattacks
-    except ImportError: raise ImportError("pip install --no-deps torchattacks") from None
-    return torchattacks
+    return needed("torchattacks", "attacks", "a borrowed attack", "pip install --no-deps torchattacks")
 
 @contextlib.contextmanager
 def _as_it_was(model, seed):
@@ -84,7 +83,7 @@ def from_torchattacks(name: str,        # class name there: "PGD", "DeepFool", "
                      ) -> TorchAttack:
     """An attack of the torchattacks package under this library's contract.
 
-    Raises `ImportError` where it is missing, `UnknownName`, `BadArgument`."""
+    Raises `MissingPackage` where it is missing, `UnknownName`, `BadArgument`."""
     def theirs(o): return inspect.isclass(o) and o.__module__.startswith("torchattacks.attacks.")
     classes = {n: o for n, o in vars(_torchattacks()).items() if theirs(o)}
     make = lookup(name, classes, "torchattacks attack")

@@ -11,6 +11,7 @@ from math import nan
 from pathlib import Path
 import numpy as np
 from ..core import lookup
+from ..extras import needed
 from ..files import atomic
 from .tables import check_columns, check_once, summary
 
@@ -27,8 +28,8 @@ def _figure(size):
     return fig, ax
 
 def _colours(n):
-    import seaborn as sns
-    return sns.color_palette("colorblind", max(n, 1))[:n]
+    seaborn = needed("seaborn", "papers", "a picture of a paper's page")
+    return seaborn.color_palette("colorblind", max(n, 1))[:n]
 
 # %% ../../nbs/reproduce/85_figures.ipynb #680b8fee
 def _place(ax, labels, obstacles):
@@ -203,7 +204,7 @@ def _apart(heights, gap):
     return place
 
 # %% ../../nbs/reproduce/85_figures.ipynb #e6fd0e3a
-_OURS = dict(marker="o", ms=4, color=_colours(1)[0])
+_OURS = dict(marker="o", ms=4, color="#0173b2")       # the first of `_colours`
 _THEIRS = dict(marker="D", ms=4, mfc="white", color=".35")
 
 def compared(table,                      # as from `beside` or `standings`, for one data set

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import BrokenFile, MissingData, RddError, check, lookup, typed
+from ..extras import needed
 from ..files import atomic, writing
 from .figures import of_256_colours
 from .tables import papers_folder
@@ -86,7 +87,7 @@ _LAUNCH = ("import logging, sys; del sys.path[0]; logging.getLogger('asyncio').s
 @contextmanager
 def this_python():
     "For the time of the block, Jupyter's `python3` is this interpreter."
-    from ipykernel.kernelspec import get_kernel_dict                    # names sys.executable
+    get_kernel_dict = needed("ipykernel.kernelspec", "papers", "a paper's page").get_kernel_dict   # sys.executable
     ignored = filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"])
     env = {"PYTHONWARNINGS": ",".join(ignored), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     spec = get_kernel_dict() | {"env": env}
@@ -255,7 +256,7 @@ class _Display:
 # %% ../../nbs/reproduce/87_runner.ipynb #286018c9
 def _run(item, parameters, kernel, figures):
     "Runs one notebook and returns where it was written."
-    import nbformat
+    nbformat = needed("nbformat", "papers", "a paper's page")
     out = Path(parameters["out"])
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     path, broken = out/f"{item.path.stem}.ipynb", out/f"{item.path.stem}.failed.ipynb"
@@ -283,7 +284,7 @@ def _execute(nb, ran, parameters, kernel, display):
     """Runs `nb` by papermill into the file `ran`; returns the error that it ended with, or None.
 
     `display` gets the kernel's stderr."""
-    import papermill
+    papermill = needed("papermill", "papers", "a paper's page")
     from traitlets.config import Config
     quiet = Config(KernelManager={"transport_encryption": "auto"})         # else it warns of an open channel
     with (nullcontext(kernel) if kernel else this_python()) as name:

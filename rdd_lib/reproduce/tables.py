@@ -18,16 +18,15 @@ from ..intervals import wilson_columns
 
 # %% ../../nbs/reproduce/84_tables.ipynb #d9bd45c5
 def papers_folder() -> Path:
-    """The folder that holds the papers: under `$RDD_NBS` if that is set, else beside the package, else here.
+    """The folder that holds the papers: under `$RDD_NBS` if that is set, else the checkout's, or what was installed.
 
     Raises `MissingData`."""
-    named = os.environ.get("RDD_NBS")
-    roots = [Path(named).expanduser()] if named else [Path(__file__).parents[2]/"nbs", Path.cwd()/"nbs"]
+    named, package = os.environ.get("RDD_NBS"), Path(__file__).parents[1]
+    roots = [Path(named).expanduser()] if named else [package.parent/"nbs", package]
     for root in roots:
         if (root/"papers").is_dir(): return (root/"papers").resolve()
     places = " or ".join(repr(str(r/"papers")) for r in roots)
-    told = f"no paper notebooks in {places}; run from a checkout of the repository, or set RDD_NBS to its nbs folder"
-    raise MissingData(told)
+    raise MissingData(f"no paper notebooks in {places}; set RDD_NBS to the nbs folder of a checkout")
 
 # %% ../../nbs/reproduce/84_tables.ipynb #1611dc3e
 COLUMNS = ["item", "kind", "method", "dataset", "score", "mean", "sd", "n", "setting", "source"]
