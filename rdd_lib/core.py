@@ -9,7 +9,7 @@ __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile'
            'drawn', 'device_of', 'progress']
 
 # %% ../nbs/00_core.ipynb #96db9a69
-import hashlib, importlib, json, pkgutil, sys, threading, time, warnings
+import hashlib, importlib, json, os, pkgutil, sys, threading, time, warnings
 from collections.abc import MutableMapping
 from dataclasses import field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -340,8 +340,10 @@ def _where_bars_go():
 def progress(iterable=None, show: bool = True, **settings):
     """A `tqdm` bar that appears after two seconds and leaves no trace; in a log file, a line every ten seconds.
     `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it."""
-    if not show: settings["disable"] = True          # left out otherwise: TQDM_DISABLE=1 in the environment hides all
+    hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")      # of which tqdm's widgets know nothing
+    if not show: settings["disable"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # without ipywidgets, tqdm complains and shows a text bar
         from tqdm.auto import tqdm
-    return tqdm(iterable, **{"delay": 2, "leave": False, "dynamic_ncols": True} | _where_bars_go() | settings)
+    usual = {"delay": 2, "leave": False, "dynamic_ncols": True, "disable": hidden}
+    return tqdm(iterable, **usual | _where_bars_go() | settings)

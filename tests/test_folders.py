@@ -94,7 +94,7 @@ def test_tiny_imagenet_at_its_own_size_is_left_alone_and_above_it_has_the_margin
 
 def test_the_margin_is_a_setting_of_the_folder(nette):
     bare = replace(DATASETS["imagenette"], test_margin=1)
-    same(bare.read("test", 64), [theirs(Image.open(p), 64, 64) for p in files(nette, "val")])
+    same(bare.load("test", 64), [theirs(Image.open(p), 64, 64) for p in files(nette, "val")])
 
 
 @pytest.mark.skipif(not (kept("data") / "imagenette").is_dir(), reason="imagenette is not at hand; set RDD_DATA")
