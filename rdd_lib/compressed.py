@@ -6,12 +6,12 @@
 __all__ = ['LABEL_KINDS', 'TEMPERATURE', 'FORMAT', 'Compressed', 'Generated', 'parts', 'assembled', 'save', 'read_compressed']
 
 # %% ../nbs/06_compressed.ipynb #e89d50db
-import json, math
+import math, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from .core import check, check_kind, check_one_of, check_whole, plain
+from .core import check, check_kind, check_one_of, check_whole, flat, plain
 from .data import ImageSet, show_images
 from .files import opened, write_tensors
 from .generators import draw, restored_generator
@@ -88,8 +88,8 @@ class Compressed(ImageSet):
         def fact(name, text): facts.append(f"{name:<12}{text}")
         p = self.provenance
         if p:
-            fact("method", json.dumps(p.get("method"), sort_keys=True))
-            fact("source", json.dumps(p.get("source"), sort_keys=True))
+            fact("method", _settings_told(p.get("method")))
+            fact("source", _settings_told(p.get("source")))
             fact("seed", p.get("seed"))
         if pixels := p.get("pixels"): fact("pixels", _pixels_told(pixels))
         if self.weights is not None:
@@ -97,12 +97,21 @@ class Compressed(ImageSet):
         if self.soft_labels is not None: fact("labels", _labels_told(self))
         if self.views is not None: fact("views", _views_told(self))
         if isinstance(self, Generated): fact("generator", _generator_told(self))
-        if self.schedule: fact("schedule", f"students are trained with its own {', '.join(self.schedule)}")
+        if self.schedule: fact("schedule", f"students are trained with its own {_settings_told(self.schedule)}")
         if p.get("interrupted"): facts.append("interrupted: the best that was known when it was stopped by hand")
         if self.radius is not None:
             proven = "" if self.gap is None else f", proven to be at least {self.lower_bound:.4f} (gap {self.gap:.2%})"
             fact("radius", f"{self.radius:.4f}{proven}")
         return "\n".join(facts)
+
+def _settings_told(o):
+    "Settings in lines of at most 120 columns: a class by its name, nested ones by dotted names, long lists cut."
+    if not isinstance(o, dict): return str(o)
+    def short(v): return f"[{len(v)} values, {v[0]} ... {v[-1]}]" if isinstance(v, list) and len(v) > 4 else v
+    own = flat({k: v for k, v in o.items() if k != "is"})
+    told = ", ".join(f"{k}={short(v)}" for k, v in sorted(own.items()))
+    lines = textwrap.wrap(": ".join(filter(None, [o.get("is"), told])), 108, break_long_words=False)
+    return ("\n" + " " * 12).join(lines)
 
 def _labels_told(S):
     same = (S.soft_labels.argmax(1) == S.y).double().mean().item()

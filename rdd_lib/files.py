@@ -148,6 +148,14 @@ def write_tensors(path,
     with atomic(path) as tmp: save_file(held, tmp, metadata={"rdd_lib": json.dumps(head, sort_keys=True)})
     return Path(path)
 
+def _text_in(path):
+    "What a text file begins with, for a message; empty for another file."
+    with open(path, "rb") as f: begin = f.read(200)
+    try: text = begin.decode("ascii")
+    except UnicodeDecodeError: return ""
+    readable = text.strip() and all(c.isprintable() or c.isspace() for c in text)
+    return f"it is a text file that begins {text.splitlines()[0][:40]!r}" if readable else ""
+
 @contextlib.contextmanager
 def opened(path,
            what: str,          # "a compressed set", "the checkpoint of an evaluation": for the message
@@ -162,7 +170,7 @@ def opened(path,
     try:
         with safe_open(path, "pt", device=str(device)) as f: yield f, json.loads((f.metadata() or {})["rdd_lib"])
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        told = f"{str(path)!r} is not {what} ({type(e).__name__}: {e})"
+        told = f"{str(path)!r} is not {what} ({_text_in(path) or f'{type(e).__name__}: {e}'})"
         raise BrokenFile(f"{told}; {remedy}" if remedy else told) from None
 
 def read_tensors(path, what: str, remedy: str = "", device="cpu") -> tuple[dict, dict]:   # tensors, head

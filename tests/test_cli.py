@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 import pytest
 import torch
-from rdd_lib.cli import EPILOG
+from rdd_lib.cli_app import EPILOG
 from rdd_lib.published import load_compressed
 from rdd_lib.reproduce.runner import items, parameters_of, typed_settings
 
@@ -38,7 +38,7 @@ def test_the_examples_of_reproduce_name_settings_that_exist():
 
 def test_help_answers_with_examples(rdd):
     assert "reproduce" in rdd("--help").stdout
-    for command in ("list", "compress", "show", "score", "reproduce"):
+    for command in ("list", "data", "compress", "show", "score", "attack", "reproduce"):
         done = rdd(command, "--help")
         assert done.returncode == 0 and f"rdd {command}" in done.stdout and "Examples" in done.stdout, done.stdout
 
@@ -155,7 +155,8 @@ def test_the_same_command_writes_the_same_bytes(rdd, tmp_path):
     ("compress mcs minst5k --ipc 1 -o x", "did you mean 'mnist5k'"),
     ("compress mcss mnist5k --ipc 1 -o x", "did you mean 'mcs'"),
     ("compress random mnist5k --ipc 0 -o x", "got 0"), ("compress random mnist5k --ipc 999 -o x", "has 400"),
-    ("compress random mnist5k -o x", "either ipc"), ("compress random mnist5k --ipc 1 -o .", "it is a folder"),
+    ("compress random mnist5k -o x", "say how many images: --ipc 10"),
+    ("compress random mnist5k --ipc 1 -o .", "it is a folder"),
     ("compress random mnist5k --ipc 1 --seed -3 -o x", "-3"),
     ("compress random mnist5k --ipc 1 --size 9 -o x", "size is for image folders; mnist5k has its own"),
     ("compress random mnist5k --ipc 1 --classes 11 -o x", "how many of them, got 11"),
@@ -167,6 +168,9 @@ def test_the_same_command_writes_the_same_bytes(rdd, tmp_path):
     ("compress guard mnist5k --ipc 1 --set real_objective.lamda=2 -o x", "did you mean 'lam'"),
     ("compress mat mnist6k --ipc 1 --plan", "did you mean 'mnist5k'"),
     ("compress tm mnist5k --ipc 1 --set max_start=60 -o x", "experts that have epochs=50"),
+    ("attack broken.safetensors --net mlp --data mnist5k", "broken.safetensors"),
+    ("attack x --net mlp --data mnist5k --set lr=1", "--set takes net.<name> and attack.<name> here, got lr"),
+    ("compress random ./none --ipc 1", "no such file or folder: './none'"),
     ("compress mcs mnist5k --ipc 1 --set norm=3 -o x", "3"), ("compress mcs mnist5k -k 1 --ipc 1", "give one of"),
     ("compress mcs mnist5k --budget all -k 1", "'all'"), ("compress random mnist5k --budget joint -k 9", "budget"),
     ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"),

@@ -11,7 +11,7 @@ import rdd_lib
 ROOT = Path(__file__).parents[1]
 LIBRARY = [p for p in sorted((ROOT / "rdd_lib").rglob("*.py")) if p.name != "_modidx.py"]
 WINGS = {"covering": 1, "attacks": 2, "certificates": 3, "training": 4, "evaluation": 5, "coresets": 6, "distill": 7,
-         "reproduce": 8}
+         "reproduce": 8, "sharing": 9}
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("[!.]*.ipynb")) if not p.parent.name.startswith(".")]
 
 

@@ -55,7 +55,9 @@ def autoattack(threat: Threat,
     return AutoAttack(threat, **lookup(version, VERSIONS, "AutoAttack version") | settings)
 
 # %% ../../nbs/attacks/28_autoattack.ipynb #d9fb7eb7
-for version in VERSIONS: ATTACKS.add(version, lambda threat, version=version: autoattack(threat, version))
+for version in VERSIONS:
+    also = ("autoattack",) if version == "standard" else ()
+    ATTACKS.add(version, lambda threat, version=version: autoattack(threat, version), *also)
 
 def attack_of(name: str,       # one of `ATTACKS`
               threat: Threat,
