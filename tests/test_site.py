@@ -88,6 +88,13 @@ def test_what_a_page_shows_and_what_it_folds(prepared):
     assert "colab.research.google.com" in pgd[1]["source"]
 
 
+def test_a_notebook_for_colab_installs_the_library_there_and_only_there():
+    wanted = f'pip install -Uqq "rdd_lib[digits,attacks,papers] @ git+{site_map.SETTINGS["git_url"]}"'
+    for source in site_map.ON_COLAB[1:]:                               # the first, the README, tells it in its text
+        cell = cells(ROOT / source)[2]["source"]
+        assert cell[:2] == ["#| hide\n", "#| eval: false\n"] and cell[2].startswith(f"! [ -e /content ] && {wanted}")
+
+
 def test_the_order_of_reading_and_the_names_of_modules():
     ground = [Path(p.doc).name for p in site_map.pages() if site_map.wing_of(p.source) == "ground"]
     assert ground.index("03_data") < ground.index("031_folders") < ground.index("04_models")
