@@ -40,6 +40,7 @@ readme: .venv/ready  ## README.md, benchmarks/README.md and the map nbs/README.m
 	$(BIN)/python tests/readme.py
 
 docs: .venv/ready  ## the site, in _docs/html: notebooks, papers, API; nothing is run, a warning is an error
+	rm -rf _docs
 	$(BIN)/python docs/prepare.py _docs/src
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d _docs/doctrees _docs/src _docs/html
 

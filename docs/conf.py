@@ -32,6 +32,7 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
+html_baseurl = f"{SETTINGS['doc_host']}{SETTINGS['doc_baseurl']}/"
 html_static_path = [str(DOCS / "static")]
 html_css_files = ["site.css"]
 html_favicon = str(DOCS / "static" / "favicon.svg")
@@ -59,9 +60,11 @@ _edited |= {f"{name}/index.md": f"docs/{name}.md" for name in ("learn", "papers"
 html_context = {"edited": _edited, "default_mode": "auto", "edit_page_provider_name": "GitHub",
                 "edit_page_url_template": SETTINGS["git_url"] + "/edit/" + SETTINGS["branch"]
                 + "/{{ edited.get(file_name, 'docs/site_map.py') }}"}
+if (DOCS / "leaderboard" / "index.html").exists():
+    html_theme_options["external_links"] = [{"name": "Leaderboard", "url": f"{html_baseurl}leaderboard/"}]
 
 
 def setup(app):
-    "What stands on the site as it is (the leaderboard), where there is any."
+    "What prepare.py put there stands on the site as it is: the leaderboard, where there is one."
     extra = Path(app.srcdir) / "extra"
     if extra.exists(): app.config.html_extra_path = [str(extra)]

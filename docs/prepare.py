@@ -10,7 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 import rdd_lib
-from site_map import ON_COLAB, ON_GITHUB, PAPERS, ROOT, SETTINGS, WINGS, Links, constants, pages, public, wing_of
+from site_map import (ON_COLAB, ON_GITHUB, PAPERS, ROOT, SETTINGS, WINGS, Links, constants, folder_of, pages, public,
+                      wing_of)
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS / "extensions"))
@@ -24,19 +25,13 @@ STORIES = "Questions that go across the library, asked and answered in one go."
 
 
 class Folder:
-    "Where the sources are written: files that have not changed are left alone, so that a second build is short."
-    def __init__(self, path): self.path, self.written = Path(path), set()
+    "Where the sources are written."
+    def __init__(self, path): self.path = Path(path)
 
     def put(self, name, data):
         path = self.path / name
-        data = data if isinstance(data, bytes) else data.encode()
-        self.written.add(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_bytes() != data: path.write_bytes(data)
-
-    def forget_others(self):
-        for path in self.path.rglob("*"):
-            if path.is_file() and path not in self.written: path.unlink()
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 # Notebooks
@@ -106,8 +101,7 @@ def notebook(page, links):
 
 # Lists of pages
 
-def toctree(entries, hidden=True):
-    return "\n".join([":::{toctree}", *[":hidden:"] * hidden, "", *entries, ":::"])
+def toctree(entries): return "\n".join([":::{toctree}", ":hidden:", "", *entries, ":::"])
 
 
 def card(title, doc, text, picture=None):
@@ -132,40 +126,42 @@ def listed(found, of, links):
 
 def learn(out, found, links):
     "A page for each wing, and one for all."
-    wings = {wing: [p for p in found if wing_of(p.source) == wing and p.doc != "learn/99_face"] for wing in WINGS}
-    wings["stories"] = [p for p in found if p.source.startswith("nbs/stories/")]
-    cards = []
-    for wing, own in wings.items():
-        doc, blurb = f"learn/{wing.replace(' ', '_')}/index", WINGS.get(wing, STORIES)
-        title = wing.capitalize()
-        out.put(f"{doc}.md", "\n\n".join([f"# {title}", f"> {blurb}", listed(own, doc, links),
-                                          toctree(Path(p.doc).name for p in own)]))
-        cards.append(card(title, f"/{doc}", blurb))
+    cards, entries = [], ["start", "99_face"]
+    for wing, blurb in (WINGS | {"stories": STORIES}).items():
+        folder = f"learn/{folder_of(wing)}"
+        own = [p for p in found if p.doc.startswith(f"{folder}/")]
+        out.put(f"{folder}/index.md", "\n\n".join([f"# {wing.capitalize()}", f"> {blurb}",
+                                                   listed(own, f"{folder}/index", links),
+                                                   toctree(Path(p.doc).name for p in own)]))
+        cards.append(card(wing.capitalize(), f"/{folder}/index", blurb))
+        entries.append(f"{folder_of(wing)}/index")
     text = (DOCS / "learn.md").read_text(encoding="utf-8")
-    entries = ["start", "99_face", *(f"{wing.replace(' ', '_')}/index" for wing in wings)]
     out.put("learn/index.md", "\n\n".join([text, grid(cards, "1 2 2 3"), toctree(entries)]))
+
+
+def pictured(title, page, doc, text, of, links):
+    "A card with the picture of a page, if it has one."
+    picture = links.to_picture(page.pictures[0], of) if page.pictures else None
+    return card(title, f"/{doc}", text, picture)
 
 
 def papers(out, found, links):
     "A page for each paper, with pictures, and one for all."
     lists = []
-    for paper, (title, blurb) in PAPERS.items():
-        own = [p for p in found if p.doc.startswith(f"papers/{paper}/")]
-        cards = []
-        for page in own:
-            picture = page.pictures and links.to_picture(page.pictures[0], f"papers/{paper}/index")
-            cards.append(card(page.opening[0], f"/{page.doc}", page.opening[1], picture or None))
-        out.put(f"papers/{paper}/index.md", "\n\n".join([f"# {title}", f"> {blurb}", grid(cards, "1 2 2 2"),
-                                                         toctree(Path(p.doc).name for p in own)]))
-        lists.append(card(title, f"/papers/{paper}/index", f"{blurb} {len(own)} pages."))
+    for paper, (title, blurb, best) in PAPERS.items():
+        doc = f"papers/{paper}/index"
+        own = {Path(p.doc).name: p for p in found if p.doc.startswith(f"papers/{paper}/")}
+        cards = [pictured(p.opening[0], p, p.doc, p.opening[1], doc, links) for p in own.values()]
+        out.put(f"{doc}.md", "\n\n".join([f"# {title}", f"> {blurb}", grid(cards, "1 2 2 2"), toctree(own)]))
+        lists.append(pictured(title, own[best], doc, blurb, "papers/index", links))
     text = (DOCS / "papers.md").read_text(encoding="utf-8")
     out.put("papers/index.md", "\n\n".join([text, grid(lists, "1 2 2 2"), toctree(f"{p}/index" for p in PAPERS)]))
 
 
 # The reference
 
-def constant(module, name, value, comment):
-    lines = [f".. py:data:: rdd_lib.{module}.{name}"]
+def constant(name, value, comment):
+    lines = [f".. py:data:: {name}"]
     if len(value) <= LONGEST: lines.append(f"   :value: {value}")
     return "\n".join([*lines, "", f"   {as_rst(comment)}", ""])
 
@@ -174,8 +170,9 @@ def module_page(page):
     title = page.module
     told = f"From the notebook :doc:`{page.opening[0].replace('`', '')} </{page.doc}>`."
     text = f"{title}\n{'=' * len(title)}\n\n.. automodule:: rdd_lib.{title}\n   :members:\n\n   {told}\n\n"
-    found = [constant(title, *told) for told in constants(title)]
-    return text + "\n".join([".. rubric:: Constants", "", *found] if found else [])
+    found = [constant(*told) for told in constants(title)]
+    if not found: return text
+    return text + "\n".join([".. rubric:: Constants", "", f".. py:currentmodule:: rdd_lib.{title}", "", *found])
 
 
 def face():
@@ -191,21 +188,21 @@ def api(out, found, links):
     for page in modules: out.put(f"api/{page.module}.rst", module_page(page))
     cards = []
     for wing, blurb in WINGS.items():
-        own = [p.module for p in modules if wing_of(p.source) == wing]
-        rows = [f"[`{p.module}`]({p.module}.rst)\n: {p.opening[1]}\n" for p in modules if p.module in own]
-        doc = f"api/{wing.replace(' ', '_')}"
-        out.put(f"{doc}.md", "\n\n".join([f"# {wing.capitalize()}", f"> {blurb}", "\n".join(rows), toctree(own)]))
-        cards.append(card(wing.capitalize(), f"/{doc}", blurb))
-    text = (DOCS / "api.md").read_text(encoding="utf-8").replace("% face %", face())
-    out.put("api/index.md", "\n\n".join([text, "## By wing", grid(cards, "1 2 2 3"),
-                                         toctree(wing.replace(" ", "_") for wing in WINGS)]))
+        own = [p for p in modules if wing_of(p.source) == wing]
+        rows = [f"[`{p.module}`]({p.module}.rst)\n: {p.opening[1]}\n" for p in own]
+        out.put(f"api/{folder_of(wing)}.md", "\n\n".join([f"# {wing.capitalize()}", f"> {blurb}", "\n".join(rows),
+                                                         toctree(p.module for p in own)]))
+        cards.append(card(wing.capitalize(), f"/api/{folder_of(wing)}", blurb))
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    text = text.replace("% wings %", grid(cards, "1 2 2 3")).replace("% face %", face())
+    out.put("api/index.md", "\n\n".join([text, toctree(map(folder_of, WINGS))]))
 
 
 def prepare(folder):
     "Everything. The pages, and what was turned."
     out, found = Folder(folder), pages()
     links = Links(found)
-    links.suffix |= {f"api/{page.module}": ".rst" for page in found}
+    links.suffix |= {f"api/{page.module}": ".rst" for page in found if page.module}
     for page in found: out.put(f"{page.doc}.ipynb", notebook(page, links))
     learn(out, found, links)
     papers(out, found, links)
@@ -217,9 +214,7 @@ def prepare(folder):
     out.put("index.md", links.in_text(landing, "docs", "index"))
     for path in links.pictures: out.put(f"pictures/{path}", (ROOT / path).read_bytes())
     if (DOCS / "leaderboard" / "index.html").exists():            # stands on the site as it is
-        shutil.copytree(DOCS / "leaderboard", Path(folder) / "extra" / "leaderboard", dirs_exist_ok=True)
-        out.written |= {*(Path(folder) / "extra").rglob("*")}
-    out.forget_others()
+        shutil.copytree(DOCS / "leaderboard", out.path / "extra" / "leaderboard", dirs_exist_ok=True)
     return found, links
 
 

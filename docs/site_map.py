@@ -24,10 +24,15 @@ WINGS = {"ground": "Settings, files, intervals, data, networks, views, compresse
          "distill": "DM, DC and DSA, TM and TESLA, DD, GUARD, MAT, SRe2L and CDA, FRePo, DiM.",
          "reproduce": "Cells, grids, tables and figures: how the papers' pages are run.",
          "command line": "rdd list, compress, show, score, reproduce."}
-PAPERS = {"mcs": ("MCS", "Minimal coresets: Chen & Selvan, arXiv 2402.05675."),
-          "guard_early": ("GUARD, first version", "The curvature penalty on DC: Xue et al., arXiv 2403.10045v1."),
-          "guard": ("GUARD, final version", "The curvature penalty in a squeeze: Xue et al., arXiv 2403.10045."),
-          "mat": ("MAT", "Adversarial trajectories: Lai et al., arXiv 2503.12069.")}
+# Of each paper: its name, what it is, and the page whose picture stands for it.
+PAPERS = {"mcs": ("MCS", "Minimal coresets: Chen & Selvan, arXiv 2402.05675.", "fig2"),
+          "guard_early": ("GUARD, first version", "The curvature penalty on DC: Xue et al., arXiv 2403.10045v1.",
+                          "strength"),
+          "guard": ("GUARD, final version", "The curvature penalty in a squeeze: Xue et al., arXiv 2403.10045.",
+                    "attribution"),
+          "mat": ("MAT", "Adversarial trajectories: Lai et al., arXiv 2503.12069.", "main")}
+# The picture on top of a page, where it is not the first of those with its name.
+ON_TOP = {"papers/guard_early/fig2": "fig2_cifar10_GUARD"}
 # Notebooks without a number that have a place of their own, and the pages that are no notebook.
 ALONE = {"nbs/index.ipynb": "learn/start", "nbs/results.ipynb": "results", "nbs/benchmarks.ipynb": "benchmarks",
          "nbs/99_face.ipynb": "learn/99_face"}
@@ -70,7 +75,7 @@ class Page:
         names = {path.stem for path in folder.glob("*.ipynb")}
         more = [p for p in sorted(folder.glob(f"{name}_*.png")) if p.stem not in names]
         first = re.match(r"fig\d+(?=_to_)", name)                  # fig3_to_10 has fig3, fig4, ...
-        own = [folder / f"{n}.png" for n in (name, first and first[0]) if n]
+        own = [folder / f"{n}.png" for n in (ON_TOP.get(self.doc), name, first and first[0]) if n]
         return [p.relative_to(ROOT).as_posix() for p in own + more if p.exists()]
 
 
@@ -79,6 +84,9 @@ def wing_of(source):
     folder, name = Path(source).parent.name, Path(source).name
     if folder == "nbs": return {"0": "ground", "9": "command line"}.get(name[0])
     return folder if folder in WINGS else None
+
+
+def folder_of(wing): return wing.replace(" ", "_")
 
 
 def _of_paper(source):
@@ -94,8 +102,7 @@ def _page(source):
     if source.startswith("nbs/papers/"): return _of_paper(source)
     doc = ALONE.get(source)
     if doc is None:
-        folder = wing_of(source) or Path(source).parent.name
-        doc = f"learn/{folder.replace(' ', '_')}/{Path(source).stem}"
+        doc = f"learn/{folder_of(wing_of(source) or Path(source).parent.name)}/{Path(source).stem}"
     return Page(source, doc, source)
 
 

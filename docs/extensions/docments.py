@@ -9,8 +9,8 @@ from fastcore.docments import docments
 
 def as_rst(text):
     "Markdown's `code` is reStructuredText's ``code``; a star is a star."
-    text = re.sub(r"(?<![`\\:])`((?:(?!\n\n)[^`])+)`(?![`_])", r"``\1``", text)
-    text = re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)                        # `Part`s
+    def code(found): return f"``{found[1]}``" + (rf"\ {found[2]}" if found[2] else "")          # `Part`s
+    text = re.sub(r"(?<![`\\:])`((?:(?!\n\n)[^`])+)`(?![`_])(\w)?", code, text)
     parts = re.split(r"(``.*?``)", text, flags=re.S)
     parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", part) for part in parts[::2]]
     return "".join(parts)

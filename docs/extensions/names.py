@@ -4,9 +4,7 @@ from collections import defaultdict
 from docutils import nodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
-
-# Words of the text and of the shell that are functions as well.
-WORDS = {"main", "number", "check"}
+import rdd_lib
 
 
 def ends(name, kind):
@@ -22,7 +20,12 @@ def known(objects):
     found = defaultdict(set)
     for name, entry in objects.items():
         for end in ends(name, entry.objtype): found[end].add(name)
-    return {end: min(names) for end, names in found.items() if len(names) == 1 and end not in WORDS}
+    return {end: min(names) for end, names in found.items() if len(names) == 1}
+
+
+def is_word(text):
+    "`kept` or `made` may be a setting or a column as well as a function; `kept(...)`, and what all know, may not."
+    return text.isalpha() and text.islower() and text not in rdd_lib.__all__
 
 
 class Names(SphinxPostTransform):
@@ -33,8 +36,9 @@ class Names(SphinxPostTransform):
         names, here = known(domain.objects), self.env.docname
         for literal in list(self.document.findall(nodes.literal)):
             if isinstance(literal.parent, (nodes.reference, nodes.title)) or literal.get("classes"): continue
-            full = names.get(re.sub(r"\(.*\)$", "", literal.astext()).removeprefix("rdd."))
-            if not full: continue
+            text = literal.astext()
+            full = names.get(re.sub(r"\(.*\)$", "", text).removeprefix("rdd."))
+            if not full or is_word(text): continue
             entry = domain.objects[full]
             link = make_refnode(self.app.builder, here, entry.docname, entry.node_id, literal.deepcopy(), full)
             literal.replace_self(link)
