@@ -18,6 +18,8 @@ def as_rst(text):
 
 def comments(obj):
     "Parameter -> its comment."
+    if hasattr(obj, "_fields"):                                    # of named tuples docments does not know
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(obj), re.M))
     try: told = docments(obj)
     except (OSError, TypeError, ValueError, SyntaxError): return {}        # no source: what is made at run time
     return {name: " ".join(text.split()) for name, text in told.items() if text}
@@ -25,7 +27,7 @@ def comments(obj):
 
 def fields(what, obj):
     "What is documented of an object."
-    if what == "class" and not dataclasses.is_dataclass(obj):
+    if what == "class" and not (dataclasses.is_dataclass(obj) or hasattr(obj, "_fields")):
         obj = vars(obj).get("__init__")
     if obj is None or isinstance(obj, property): return {}
     told = comments(obj)
@@ -52,7 +54,8 @@ def shorten(app, what, name, obj, options, signature, returned):
 
 
 def show(app, what, name, obj, skip, options):
-    "A public function or class is shown, even if its name has to say it all."
+    "A public function or class is shown, even if its name has to say it all; a named tuple's fields are parameters."
+    if type(obj).__name__ == "_tuplegetter": return True
     if what == "module" and callable(obj) and not name.startswith("_"): return False
 
 
