@@ -6,7 +6,7 @@ WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 ONE     := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab reproduce notebooks readme lock clean
+.PHONY: help demo test test-all lab reproduce notebooks readme docs lock clean
 
 help:       ## what can be typed here
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -39,13 +39,18 @@ notebooks: .venv/ready  ## export, run every library notebook in place, clean
 readme: .venv/ready  ## README.md, benchmarks/README.md and the map nbs/README.md from the notebooks
 	$(BIN)/python tests/readme.py
 
+docs: .venv/ready  ## the site, in _docs/html: notebooks, papers, API; nothing is run, a warning is an error
+	rm -rf _docs
+	$(BIN)/python docs/prepare.py _docs/src
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d _docs/doctrees _docs/src _docs/html
+
 lock: .venv/ready  ## requirements.lock from settings.ini
 	printf 'requests>=2.32\n' > .venv/override.txt   # torchattacks pins requests~=2.25.1 and never imports it
 	$(BIN)/uv pip compile --quiet --universal --python-version $$(sed -n 's/^min_python = //p' settings.ini) --extra dev --extra all --extra attacks \
 	  --override .venv/override.txt --no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:      ## remove the environment and what builds leave behind
-	rm -rf .venv build dist *.egg-info _proc .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info _proc _docs .pytest_cache .ruff_cache
 
 .venv/ready: requirements.lock settings.ini hatch_build.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
