@@ -33,7 +33,8 @@ reproduce: .venv/ready  ## every figure and table: make reproduce PROFILE=smoke|
 notebooks: .venv/ready  ## export, run every library notebook in place, clean
 	$(BIN)/nbdev_export
 	find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/papers/*' | sort | \
-	  OMP_NUM_THREADS=2 TQDM_DISABLE=1 xargs -n 1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.timeout=600
+	  OMP_NUM_THREADS=2 TQDM_DISABLE=1 xargs -n 1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	    --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.store_widget_state=False
 	$(BIN)/nbdev_clean
 
 readme: .venv/ready  ## README.md, benchmarks/README.md and the map nbs/README.md from the notebooks

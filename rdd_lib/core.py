@@ -9,7 +9,7 @@ __all__ = ['RddError', 'BadArgument', 'UnknownName', 'MissingData', 'BrokenFile'
            'drawn', 'device_of', 'progress']
 
 # %% ../nbs/00_core.ipynb #96db9a69
-import hashlib, importlib, json, pkgutil, sys, threading, time, warnings
+import hashlib, importlib, json, os, pkgutil, sys, threading, time, warnings
 from collections.abc import MutableMapping
 from dataclasses import field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -339,9 +339,12 @@ def _where_bars_go():
 
 def progress(iterable=None, show: bool = True, **settings):
     """A `tqdm` bar that appears after two seconds and leaves no trace; in a log file, a line every ten seconds.
-    `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it."""
-    if not show: settings["disable"] = True          # left out otherwise: TQDM_DISABLE=1 in the environment hides all
+    `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it, TQDM_DISABLE=1 in the environment all."""
+    if not show: settings["disable"] = True
+    hidden = bool(os.environ.get("TQDM_DISABLE"))    # tqdm looks there too, but not for a notebook's widgets
+    where = _where_bars_go()                         # to a file go lines, not widgets
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # without ipywidgets, tqdm complains and shows a text bar
-        from tqdm.auto import tqdm
-    return tqdm(iterable, **{"delay": 2, "leave": False, "dynamic_ncols": True} | _where_bars_go() | settings)
+        if where or os.environ.get("RDD_BARS") == "text": from tqdm import tqdm
+        else: from tqdm.auto import tqdm
+    return tqdm(iterable, **{"delay": 2, "leave": False, "dynamic_ncols": True, "disable": hidden} | where | settings)
