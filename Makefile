@@ -24,8 +24,10 @@ test-all: .venv/ready  ## the same at full size, with the slow cells of the note
 	$(ONE) $(BIN)/python tests/notebooks.py --papers --slow --workers $(WORKERS)
 	$(ONE) RDD_TESTS=full $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30
 
-lab: .venv/ready  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=nbs
+# Its root is the checkout, so that links out of nbs/ lead somewhere; .jupyter/ has its defaults (no question about news).
+lab: .venv/ready  ## JupyterLab on the notebooks (with options: make lab LAB="--no-browser --port 9000")
+	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	  $(BIN)/jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB) nbs/index.ipynb
 
 reproduce: .venv/ready  ## every figure and table: make reproduce PROFILE=smoke|cpu|paper
 	$(BIN)/rdd reproduce all --profile $(PROFILE)
@@ -33,7 +35,8 @@ reproduce: .venv/ready  ## every figure and table: make reproduce PROFILE=smoke|
 notebooks: .venv/ready  ## export, run every library notebook in place, clean
 	$(BIN)/nbdev_export
 	find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/papers/*' | sort | \
-	  OMP_NUM_THREADS=2 TQDM_DISABLE=1 xargs -n 1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.timeout=600
+	  OMP_NUM_THREADS=2 TQDM_DISABLE=1 xargs -n 1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	    --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.store_widget_state=False
 	$(BIN)/nbdev_clean
 
 readme: .venv/ready  ## README.md, benchmarks/README.md and the map nbs/README.md from the notebooks

@@ -23,7 +23,8 @@ WINGS = {"ground": "Settings, files, intervals, data, networks, views, compresse
          "coresets": "Random, coverings, herding, scores, submodular, GradMatch.",
          "distill": "DM, DC and DSA, TM and TESLA, DD, GUARD, MAT, SRe2L and CDA, FRePo, DiM.",
          "reproduce": "Cells, grids, tables and figures: how the papers' pages are run.",
-         "command line": "rdd list, compress, show, score, reproduce."}
+         "sharing": "Scored rows, publishing, a leaderboard.",
+         "command line": "rdd list, compress, show, score, attack, data, reproduce."}
 # Of each paper: its name, what it is, and the page whose picture stands for it.
 PAPERS = {"mcs": ("MCS", "Minimal coresets: Chen & Selvan, arXiv 2402.05675.", "fig2"),
           "guard_early": ("GUARD, first version", "The curvature penalty on DC: Xue et al., arXiv 2403.10045v1.",

@@ -339,11 +339,12 @@ def _where_bars_go():
 
 def progress(iterable=None, show: bool = True, **settings):
     """A `tqdm` bar that appears after two seconds and leaves no trace; in a log file, a line every ten seconds.
-    `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it."""
-    hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")      # of which tqdm's widgets know nothing
+    `settings` are tqdm's (`total`, `desc`, ...); `show=False` hides it, TQDM_DISABLE=1 in the environment all."""
     if not show: settings["disable"] = True
+    hidden = bool(os.environ.get("TQDM_DISABLE"))    # tqdm looks there too, but not for a notebook's widgets
+    where = _where_bars_go()                         # to a file go lines, not widgets
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # without ipywidgets, tqdm complains and shows a text bar
-        from tqdm.auto import tqdm
-    usual = {"delay": 2, "leave": False, "dynamic_ncols": True, "disable": hidden}
-    return tqdm(iterable, **usual | _where_bars_go() | settings)
+        if where or os.environ.get("RDD_BARS") == "text": from tqdm import tqdm
+        else: from tqdm.auto import tqdm
+    return tqdm(iterable, **{"delay": 2, "leave": False, "dynamic_ncols": True, "disable": hidden} | where | settings)

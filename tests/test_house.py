@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+import nbformat
 import pytest
 import rdd_lib
 
@@ -96,12 +97,19 @@ def test_lines_have_at_most_120_columns(path):
 def test_notebooks_can_be_read_and_made_into_pages(path):
     "At most 80 cells, 200 kB; a title and a promise; a cell that imports only imports, for the site runs those alone."
     assert len(cells(path)) <= 80 and path.stat().st_size < 200_000
+    nbformat.validate(json.loads(path.read_text(encoding="utf-8")))
     assert any(re.match(r"# [^\n]+\n+> ", source(c)) for c in cells(path)[:2]), "no title with a promise"
     for cell in cells(path):
         if cell["cell_type"] != "code" or source(cell).startswith(("#| export", "%")): continue
         tree = ast.parse(re.sub(r"(?m)^[%!].*$", "", source(cell)))
         imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
         assert not imports or len(imports) == len(tree.body), f"imports and other code in one cell:\n{source(cell)}"
+
+
+def test_notebooks_keep_no_widgets():
+    "Sliders and bars are dead without the kernel that made them: run with TQDM_DISABLE=1."
+    kept = [path.name for path in NOTEBOOKS if "application/vnd.jupyter.widget" in path.read_text(encoding="utf-8")]
+    assert not kept
 
 
 def test_the_links_between_pages_lead_somewhere():

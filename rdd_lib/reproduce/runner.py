@@ -89,7 +89,8 @@ def this_python():
     "For the time of the block, Jupyter's `python3` is this interpreter."
     get_kernel_dict = needed("ipykernel.kernelspec", "papers", "a paper's page").get_kernel_dict   # sys.executable
     ignored = filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"])
-    env = {"PYTHONWARNINGS": ",".join(ignored), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    env = {"PYTHONWARNINGS": ",".join(ignored), "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+           "RDD_BARS": "text"}                                          # nobody sees this kernel's widgets
     spec = get_kernel_dict() | {"env": env}
     python, _, _, *rest = spec["argv"]                          # python -m ipykernel_launcher -f ...
     spec["argv"] = [python, "-c", _LAUNCH, *rest, "--log-level=CRITICAL"]     # interrupted, it logs that as an error
