@@ -10,10 +10,10 @@ import json, os, sys, time, warnings
 from pathlib import Path
 from typing import Optional
 import typer
-from . import cli_data, cli_list          # which enter their commands
+from . import cli_data, cli_list, cli_share          # which enter their commands
 from .cli_app import app, device, examples, file_out, named, parse_settings, setting, size, split
 
-__all__ = ["app", "main", "cli_data", "cli_list"]
+__all__ = ["app", "main", "cli_data", "cli_list", "cli_share"]
 
 # %% ../nbs/97_cli.ipynb #8a66dd51
 @app.command(epilog=examples("compress"))
@@ -121,7 +121,8 @@ def _verified(made, images, device):
     return f"{told} ({time.perf_counter() - begin:.1f} s, no solver)"
 
 # %% ../nbs/97_cli.ipynb #da96572e
-FILE = "a file that `rdd compress` wrote, or a published set (.pt, .pth, a folder)"
+FILE = ("a file that `rdd compress` wrote, or a published set (.pt, .pth, a folder); or its address: file://, "
+        "http(s)://, hf://user/name/file")
 PUBLISHED = {"data": "for what others published: the data set, see `rdd list data`; for a set of your own images: "
                      "where they are",
              "which": "for those: which of the sets in the file",
@@ -139,7 +140,7 @@ def _read(path, data, stats, which):
 
 # %% ../nbs/97_cli.ipynb #665c21cd
 @app.command(epilog=examples("show"))
-def show(path: Path = typer.Argument(help=FILE),
+def show(path: str = typer.Argument(help=FILE),
          data: Optional[str] = named("data", PUBLISHED["data"], None, "--data", show_default=False),
          held_out: Optional[float] = split(),
          stats: Optional[str] = typer.Option(None, help=PUBLISHED["stats"], show_default=False),
@@ -164,7 +165,7 @@ def show(path: Path = typer.Argument(help=FILE),
 
 # %% ../nbs/97_cli.ipynb #7dd103b4
 @app.command(epilog=examples("score"))
-def score(path: Path = typer.Argument(help=FILE),
+def score(path: str = typer.Argument(help=FILE),
           train: str = named("objectives", "the objective, see `rdd list objectives`", "adversarial", "--train"),
           attack: str = named("attacks", "the judge: quick (PGD-20), paper (APGD-CE, APGD-DLR), standard (AutoAttack), "
                               "or another of `rdd list attacks`", "paper", "--attack"),
@@ -180,6 +181,8 @@ def score(path: Path = typer.Argument(help=FILE),
           certify: bool = typer.Option(False, "--certify",
               help="prove a floor under the robust accuracy (CROWN-IBP; convnet, mlp and lenet)"),
           out: Optional[Path] = file_out("write the table of images here: .csv or .parquet"),
+          row: Optional[Path] = file_out("write the score here, with all that it takes to check it: .json", "--row"),
+          by: str = typer.Option("", help="who scored it, for the row"),
           held_out: Optional[float] = split(),
           data: Optional[str] = named("data", PUBLISHED["data"], None, "--data", show_default=False),
           stats: Optional[str] = typer.Option(None, help=PUBLISHED["stats"], show_default=False),
@@ -189,10 +192,12 @@ def score(path: Path = typer.Argument(help=FILE),
               "objective (objective.beta=), of the network (net.settings.width=, net.whiten=), of the judge "
               "(attack.steps=)")):
     "Train students on a compressed set, attack them on the test set of its source, and say how they fared."
-    from rdd_lib.cli_score import Asked, scored
+    from rdd_lib.cli_score import Asked, row_written, scored
     asked = Asked(attack, threat, n_test, diagnose, certify, parse_settings(set_), data, held_out, out, device,
                   train=train, net=net, seeds=seeds, eta=eta)
-    scored(_read(path, data, stats, which), asked, typer.echo)
+    S = _read(path, data, stats, which)
+    if row: row_written(path, S, asked, typer.echo, row, by)
+    else: scored(S, asked, typer.echo)
 
 # %% ../nbs/97_cli.ipynb #c7923e96
 @app.command(epilog=examples("attack"))

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 import numpy as np
 import torch
+from .addresses import fetched
 from .compressed import Compressed, read_compressed
 from .core import BrokenFile, check, check_number, MissingData
 from .data import DATASETS, ImageSet, load
@@ -253,13 +254,17 @@ def _tensors_in(folder):
     return found[0] if found else None
 
 # %% ../nbs/09_published.ipynb #f1a70903
-def load_compressed(path: str | Path,   # what `save` wrote; or a .pt or .pth file or a folder, as others publish
+def load_compressed(path: str | Path,   # what `save` wrote; or a .pt or .pth file or a folder, as others publish; a
+                                        # path or an address: file://, http(s)://, hf://user/name[@revision]/file
                     data=None,          # for those: the data set that was compressed, a name or an `ImageSet`
-                    **published,        # for those: stats=, which=, soft=, ...: see `load_published`
+                    sha256: str | None = None,   # of the file that is meant
+                    **published,        # for published ones: stats=, which=, soft=, ...: see `load_published`
                    ) -> Compressed:
     """Read a compressed set.
 
-    Raises `MissingData` if there is no such file, `BrokenFile` if it is not a whole compressed set."""
+    Raises `MissingData` if there is no such file, `BrokenFile` if it is not a whole compressed set, or not the file
+    that is meant."""
+    path = fetched(path, sha256)
     if Path(path).suffix in (".pt", ".pth") or Path(path).is_dir(): return load_published(path, data, **published)
     given = ", ".join(published) or "stats"
     check(data is None and not published,
