@@ -30,10 +30,11 @@ from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer
 
 # %% ../../nbs/reproduce/83_cells.ipynb #f25e4de1
-_NAMED = re.compile(r"(?P<name>\w+)(@(?P<size>\d+))?(,(?P<classes>\d+))?(:(?P<images>\d+))?")
+_NAMED = re.compile(r"(?P<name>[^@,:]+)(@(?P<size>\d+))?(,(?P<classes>\d+))?(:(?P<images>\d+))?")
 
 @lru_cache(maxsize=4)
-def dataset(name: str,    # of a data set; "imagenette@64": at 64 pixels; "tiny_imagenet,20": its first 20 classes;
+def dataset(name: str,    # of a data set, or a path to your own; "imagenette@64": at 64 pixels; "tiny_imagenet,20":
+                          # its first 20 classes;
                           # "mnist:6000": so many of its training images, stratified; or several of them, in this order
             split: str,
            ) -> ImageSet:
