@@ -38,7 +38,8 @@ ON_TOP = {"papers/guard_early/fig2": "fig2_cifar10_GUARD"}
 ALONE = {"nbs/index.ipynb": "learn/start", "nbs/results.ipynb": "results", "nbs/benchmarks.ipynb": "benchmarks",
          "nbs/99_face.ipynb": "learn/99_face"}
 OTHERS = {"README.md": "learn/start", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog",
-          "benchmarks/README.md": "benchmarks", "nbs/README.md": "learn/index", "nbs": "learn/index",
+          "docs/own.md": "learn/own", "benchmarks/README.md": "benchmarks",
+          "nbs/README.md": "learn/index", "nbs": "learn/index",
           "nbs/papers": "papers/index"} | {f"nbs/papers/{paper}": f"papers/{paper}/index" for paper in PAPERS}
 # Notebooks that run on Colab once the library is installed: no data to fetch, a minute or two, something to see.
 ON_COLAB = ("nbs/index.ipynb", "nbs/covering/17_k_center.ipynb", "nbs/attacks/23_pgd.ipynb",

@@ -14,8 +14,9 @@ from .cli_app import app, examples
 
 # %% ../nbs/951_cli_list.ipynb #207e541c
 def _says(thing):
-    "What an entry of a registry says of itself: a class by the first line of its docstring."
-    return (thing.__doc__ or thing.__name__).splitlines()[0] if isinstance(thing, type) else str(thing)
+    "What an entry of a registry says of itself: a class or a function by the first line of its docstring."
+    name = getattr(thing, "__name__", None)
+    return (thing.__doc__ or name).strip().splitlines()[0] if name else str(thing)
 
 def _methods():
     from rdd_lib.compressor import methods
@@ -45,8 +46,12 @@ def _objectives():
 def _attacks():
     from rdd_lib.attacks.walk import ATTACKS
     from rdd_lib.attacks.autoattack import attack_of
-    from rdd_lib.attacks.threats import L2
-    return [dict(name=name, what=repr(attack_of(name, L2(1.))).replace("L2(eps=1.0)", "...")) for name in ATTACKS]
+    from rdd_lib.attacks.threats import L2, Linf
+    from rdd_lib.core import BadArgument
+    def told(name):
+        try: return repr(attack_of(name, L2(1.))).replace("L2(eps=1.0)", "...")
+        except BadArgument: return repr(attack_of(name, Linf(.125))).replace(repr(Linf(.125)), "...")
+    return [dict(name=name, what=told(name)) for name in ATTACKS]
 
 def _items():
     from rdd_lib.reproduce.runner import items

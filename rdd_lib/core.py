@@ -22,22 +22,16 @@ import torch
 # %% ../nbs/00_core.ipynb #3e2a6bb2
 class RddError(Exception):
     "Whatever this library refuses or cannot do."
-
 class BadArgument(RddError, ValueError):
     "An argument has a value that makes no sense; the message names both."
-
 class UnknownName(BadArgument, LookupError):
     "A name that is in no table; the message lists the nearest ones."
-
 class MissingData(RddError, FileNotFoundError):
     "A data set or file that is not there; the message says how to get it."
-
 class BrokenFile(RddError, OSError):
     "A file that is there and cannot be read as what it should be."
-
 class Unwritable(RddError, PermissionError):
     "An output that cannot be written."
-
 class NoDevice(RddError, RuntimeError):
     "A device that was asked for and does not exist."
 
@@ -135,14 +129,16 @@ class Registry(MutableMapping):
 
     def _place(self, thing):
         "Which home's it is: things are listed in the order of the homes, whichever was imported first."
-        module = f"{getattr(thing, '__module__', None)}."
+        module = f"{getattr(getattr(thing, 'make', thing), '__module__', None)}."    # of a method, that of its class
         return next((i for i, home in enumerate(self.homes) if module.startswith(f"{home}.")), len(self.homes))
 
     def _enter(self, point):
         "What another package announces. What is broken, or has a name that is taken, is named and passed over."
         try:
-            check(self.key(point.name) not in self.names, "the name is taken")
+            own = self.found.get(self.names.get(self.key(point.name)))     # its module may have been imported before
+            check(own is None or point.value.partition(":")[0] in sys.modules, "the name is taken")
             thing = point.load()
+            check(own is None or own is thing or thing in getattr(own, "__dict__", {}).values(), "the name is taken")
             if self.key(point.name) in self.names: return          # it has entered itself, and said more
             self.add(point.name, self.adopted(point.name, thing) if self.adopted else thing)
         except Exception as e:

@@ -26,7 +26,7 @@ import site_map  # noqa: E402
 full = pytest.mark.skipif(not FULL, reason="builds the site; RDD_TESTS=full")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # One page of each kind.
-KINDS = ("index.html", "learn/index.html", "learn/attacks/23_pgd.html", "papers/mcs/table1.html",
+KINDS = ("index.html", "learn/index.html", "learn/own.html", "learn/attacks/23_pgd.html", "papers/mcs/table1.html",
          "papers/mcs/index.html", "api/covering.k_center.html", "results.html", "contributing.html")
 
 
@@ -96,6 +96,15 @@ def test_a_notebook_for_colab_installs_the_library_there_and_only_there():
         _, *after = cells(ROOT / source)[:3]                           # the README has no cell that names a module
         cell = next((c["source"] for c in after if c["cell_type"] == "code"), [""] * 3)
         assert cell[:2] == ["#| hide\n", "#| eval: false\n"] and cell[2].startswith(f"! [ -e /content ] && {wanted}")
+
+
+def test_the_page_about_ones_own_shows_the_package_that_is_tested(prepared):
+    page = prepared[0] / "learn/own.md"
+    shown = re.findall(r"^```{literalinclude} (\S+)$", page.read_text(encoding="utf-8"), re.M)
+    assert shown == ["own_package/own_package.py", "own_package/pyproject.toml"]
+    assert all((page.parent / name).read_bytes() == (DOCS / name).read_bytes() for name in shown)
+    assert "(own.md)" in (prepared[0] / "learn/index.md").read_text(encoding="utf-8")
+    assert "(learn/own.md)" in (prepared[0] / "index.md").read_text(encoding="utf-8")
 
 
 def test_the_order_of_reading_and_the_names_of_modules():

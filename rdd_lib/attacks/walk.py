@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .losses import check_batch, check_logits, LOSSES, slope
-from .threats import Linf, Threat
-from ..core import check, check_whole, generator_of, lookup, Registry
+from .threats import L2, Linf, Threat
+from ..core import BadArgument, check, check_whole, generator_of, lookup, Registry
 from ..models import frozen, one_look
 
 # %% ../../nbs/attacks/22_walk.ipynb #abd52edd
@@ -134,8 +134,9 @@ class AttackResult:
 
 # %% ../../nbs/attacks/22_walk.ipynb #22000010
 def _adopted(name, make):
-    "What another package announces, tried on one threat."
-    made = make(Linf(.1))
+    "What another package announces, tried on a threat; what refuses that norm, on one of the other."
+    try: made = make(Linf(.1))
+    except BadArgument: made = make(L2(1.))
     check(isinstance(made, Attack), f"an attack is made by (threat) -> Attack, got {made!r:.60}")
     return make
 
