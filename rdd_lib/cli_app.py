@@ -40,6 +40,7 @@ EPILOG = {
     "publish": ["rdd score mcs.safetensors --train adversarial --row row.json -o images.csv",
                 "rdd publish mcs.safetensors --row row.json -o mcs_digits --address hf://me/mcs_digits"],
     "rescore": ["rdd rescore row.json", "rdd rescore hf://me/mcs_digits/results/paper-0123456789ab.json"],
+    "leaderboard": ["rdd leaderboard rows -o board"],
     "data": ["rdd data mnist5k", "rdd data ./my_images", "rdd data ./my_images --size 64 --picture my_images.png"],
     "list": ["rdd list", "rdd list methods", "rdd list models --json"]}
 

@@ -35,7 +35,7 @@ class Judging:
     "How `rdd score` and `rdd attack` were asked to judge."
     attack: str = "paper"            # the judge
     threat: str | None = None        # as it was typed; None: `default_threat`
-    n_test: int = 300                # 0: all
+    n_test: int | None = None        # 0: all; None: 300, or all where there are fewer
     diagnose: bool = False
     certify: bool = False
     settings: dict = field(default_factory=dict)   # as typed: attack.<name>, net.<name>; others are the trainer's
@@ -121,7 +121,7 @@ def source_of(S, split: str,
     return found
 
 def _test_images(asked, test):
-    n = asked.n_test
+    n = min(300, len(test)) if asked.n_test is None else asked.n_test
     check(0 <= n <= len(test), f"--n-test must be in 0 ... {len(test)}, the test images of {test.name}; got {n}")
     return sample(test, n) if n else test
 

@@ -121,6 +121,38 @@ def test_the_installed_commands_work(installed):
     assert (installed.folder / "figures/smoke/mcs/fig1.png").stat().st_size > 1000
 
 
+PHOTOGRAPHS = """
+from pathlib import Path
+import numpy as np
+from PIL import Image
+rng = np.random.default_rng(0)
+for kind, tint in (("cat", (200, 90, 20)), ("dog", (30, 80, 190))):
+    for n in range(40):
+        path = Path("my_images", kind, f"{n}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.clip(np.array(tint) + rng.normal(0, 60, (*rng.integers(30, 50, 2), 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+"""
+
+
+@full
+def test_from_photographs_to_a_leaderboard(installed):
+    "What a newcomer does: a folder of photographs, a compressed set, a row, a published folder, a page."
+    installed("python", "-c", PHOTOGRAPHS)
+    assert "no broken file" in installed("rdd", "data", "./my_images")
+    for method in ("mcs", "random"):
+        name = f"{method}.safetensors"
+        installed("rdd", "compress", method, "./my_images", "--ipc", 3, "--size", 16, "-o", name)
+        judged = "--net", "mlp", "--attack", "quick", "--n-test", 0, "--set", "steps=20", "-o", f"rows/{method}.csv"
+        installed("rdd", "score", name, "--data", "./my_images", *judged, "--row", f"rows/{method}.json")
+    installed("rdd", "publish", "mcs.safetensors", "--row", "rows/mcs.json", "-o", "shared")
+    row, = (installed.folder / "shared/results").glob("*.json")
+    assert "identical" in installed("rdd", "rescore", row, "--data", "./my_images")
+    assert "index.html" in installed("rdd", "leaderboard", "rows", "-o", "board")
+    page = (installed.folder / "board/index.html").read_text()
+    assert "MinimalCoreset" in page and "Random" in page
+
+
 WITHOUT = """
 import sys
 for name in "mlxtend papermill ipykernel seaborn gurobipy pyarrow huggingface_hub torchattacks nbdev".split():
