@@ -61,11 +61,14 @@ _edited |= {f"{name}/index.md": f"docs/{name}.md" for name in ("learn", "papers"
 html_context = {"edited": _edited, "default_mode": "auto", "edit_page_provider_name": "GitHub",
                 "edit_page_url_template": SETTINGS["git_url"] + "/edit/" + SETTINGS["branch"]
                 + "/{{ edited.get(file_name, 'docs/site_map.py') }}"}
-if (DOCS / "leaderboard" / "index.html").exists():
-    html_theme_options["external_links"] = [{"name": "Leaderboard", "url": f"{html_baseurl}leaderboard/"}]
+
+
+def link_to_board(app, name, template, context, doctree):
+    "The leaderboard in the header, as it is reached from this page; Sphinx does not know it as a page."
+    context["theme_external_links"] = [{"name": "Leaderboard", "url": context["pathto"]("leaderboard/index.html", 1)}]
 
 
 def setup(app):
-    "What prepare.py put there stands on the site as it is: the leaderboard, where there is one."
-    extra = Path(app.srcdir) / "extra"
-    if extra.exists(): app.config.html_extra_path = [str(extra)]
+    "What prepare.py put there stands on the site as it is: the leaderboard."
+    app.config.html_extra_path = [str(Path(app.srcdir) / "extra")]
+    app.connect("html-page-context", link_to_board)
