@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'PUBLISHED', 'compress', 'show', 'score', 'attack', 'reproduce', 'main']
 
 # %% ../nbs/97_cli.ipynb #146b8367
-import json, os, sys, time, warnings
+import json, os, re, sys, time, warnings
 from pathlib import Path
 from typing import Optional
 import typer
@@ -62,12 +62,15 @@ def _what_is_lacking(method):
     "The methods, or the data sets, for who has not said which; an exit code of its own."
     from rdd_lib.cli_list import LISTS, say_table
     title, rows = LISTS["methods" if method is None else "data"]
-    say_table(title, [{**row, "what": row["what"].partition(". ")[0].rstrip(".") + "."} for row in map(_short, rows())])
+    say_table(title, [_short(row) for row in rows()])
     what = "a method and a data set" if method is None else "a data set, or a path to your own images"
     typer.echo(f"rdd: say {what}: rdd compress {method or 'mcs'} mnist5k --ipc 10", err=True)
     raise typer.Exit(2)
 
-def _short(row): return {k: v for k, v in row.items() if k != "settings"}
+def _short(row):
+    "A row of a list with its first sentence, without settings."
+    what = re.split(r"(?<!Eq)(?<!al)\. ", row["what"])[0].rstrip(".") + "."
+    return {k: v for k, v in row.items() if k != "settings"} | {"what": what}
 
 def _compress(compressor, method, images, asked, out, film):
     "Make it, write it, say what came out. Whatever can be refused is refused before the work."
