@@ -151,7 +151,7 @@ def test_doubts_proofs_and_who_made_a_row(tmp_path):
     put(tmp_path / "rows", "c", row(10, "C"))
     a, b, c = (r for r in page(tmp_path).rows if r)
     assert (a["class"], a["doubts"].strip(), b["doubts"].strip(), c["doubts"].strip()) == (
-        "doubtful", "! zero_gradients", "none found", "none looked for")
+        "doubtful", "zero_gradients", "none found", "none looked for")
     assert a["rank"].strip() == "1" and "by Ada" in a["method"]
     assert b["proven %"].split()[:3] == ["7.0", "[3.4,", "13.7]"] and c["proven %"].strip() == "–"
     assert c["robust %"].split()[0] == "10.0" and c["bytes"].strip() == "15.7 kB"

@@ -88,7 +88,7 @@ def _share(s):
 
 def _doubts(row):
     doubts = row.get("doubts")
-    if doubts: return _cell("doubts told", f"<b>! {escape(', '.join(doubts))}</b>", len(doubts))
+    if doubts: return _cell("doubts told", f"<b>{escape(', '.join(doubts))}</b>", len(doubts))
     if doubts == []: return _cell("doubts told", "<small>none found</small>", 0)
     return _cell("doubts told", "<small>none looked for</small>", "")
 
@@ -103,6 +103,10 @@ def _files(f):
     shown = _link(address, "set") if address else f'<code title="{escape(made["file"])}">{made["sha256"][:8]}</code>'
     return _cell("files nowrap", f"{shown}<br>{_link(_copied(f.file), 'row')}", "")
 
+def _apart(name):
+    "What stands in brackets or after a comma may go to the next line, nothing else."
+    return re.sub(r"[^\s]+", lambda word: f'<span class="nowrap">{escape(word[0])}</span>', name)
+
 def _line(f, order, names, id):
     "A row of the table."
     row, kind = f.row, reference(f.row)
@@ -113,7 +117,7 @@ def _line(f, order, names, id):
     more = f'<br><small>{escape(", ".join(filter(None, more)))}</small>' if any(more) else ""
     name = f'<button class="name" type="button" popovertarget="{id}" title="{hint}">{escape(names["method"])}</button>'
     told = [f'<th scope="row" class="method" data-k="{escape(names["method"])}">{name}{more}</th>']
-    told += [_cell(k, escape(names[k]), names[k]) for k in ("student", "training", "attack")]
+    told += [_cell(k, _apart(names[k]), names[k]) for k in ("student", "training", "attack")]
     told += [_share(row["std"]), _share(row["rob"]), _share(row.get("proven")), _doubts(row)]
     told += [_cell("seeds", len(row["seeds"]), len(row["seeds"])), _bytes(row["set"].get("bytes")), _files(f)]
     data = " ".join(f'data-{k}="{escape(names[k])}"' for k in ("student", "training", "attack"))
