@@ -107,6 +107,14 @@ def test_the_page_about_ones_own_shows_the_package_that_is_tested(prepared):
     assert "(learn/own.md)" in (prepared[0] / "index.md").read_text(encoding="utf-8")
 
 
+def test_the_leaderboard_is_made_of_the_rows_in_the_repository(prepared):
+    board, rows = prepared[0] / "extra" / "leaderboard", DOCS / "leaderboard" / "rows"
+    made = json.loads((board / "rows.json").read_text(encoding="utf-8"))
+    assert sorted(made, key=str) == sorted((json.loads(p.read_text()) for p in rows.glob("*.json")), key=str)
+    assert (board / "index.html").read_text(encoding="utf-8").count('data-order="') >= len(made) > 20
+    assert sum(p.stat().st_size for p in rows.iterdir()) < 300_000
+
+
 def test_the_order_of_reading_and_the_names_of_modules():
     ground = [Path(p.doc).name for p in site_map.pages() if site_map.wing_of(p.source) == "ground"]
     assert ground.index("03_data") < ground.index("031_folders") < ground.index("04_models")
@@ -278,6 +286,19 @@ def test_the_dark_mode_switches_colours(visit):
     page.locator("button.theme-change-button[data-mode=dark]:visible").first.click()
     text, ground = light()
     assert ground < 200 < 500 < text
+
+
+@full
+def test_the_leaderboard_is_reached_from_every_page_and_leads_back(visit):
+    for name in ("index.html", "papers/mcs/table1.html"):
+        page = visit(name, viewport={"width": 1400, "height": 900})
+        links = page.eval_on_selector_all(".bd-header a", "links => links.map(a => [a.innerText.trim(), a.href])")
+        assert [link for text, link in links if link.endswith("leaderboard/index.html")]
+    page.goto(next(link for text, link in links if link.endswith("leaderboard/index.html")))
+    assert page.locator("section:visible tbody tr").count() > 10
+    keep(page, "leaderboard")
+    page.locator("a.home").click()
+    assert page.locator(".promise").count() == 1
 
 
 @full

@@ -34,7 +34,7 @@ def test_the_wheel_has_the_papers_and_the_pictures_have_addresses(built):
     wheel = zipfile.ZipFile(next(built[0].glob("*.whl")))
     papers = {str(p.relative_to(ROOT / "nbs")) for p in (ROOT / "nbs/papers").glob("*/[!.]*.*")}
     inside = set(wheel.namelist())
-    assert {"rdd_lib/py.typed", *(f"rdd_lib/{p}" for p in papers)} <= inside
+    assert {"rdd_lib/py.typed", "rdd_lib/sharing/leaderboard.html", *(f"rdd_lib/{p}" for p in papers)} <= inside
     assert not [name for name in inside if name.startswith(("nbs", "tests", "figures")) or "checkpoint" in name]
     told = wheel.read(next(name for name in inside if name.endswith("METADATA"))).decode()
     assert "(https://raw.githubusercontent.com/" in told and "](figures/" not in told and "](nbs/" not in told

@@ -28,7 +28,7 @@ def comparable(row: dict) -> str:
 def reference(row: dict) -> str:
     "What kind of reference a row is; empty: none, it is ranked."
     made = row["set"]
-    name = str(made["method"].get("is", "")).lower()
+    name = str(made["method"].get("is") or "").lower()
     whole = made["images"] == made["source"].get("images") and name in ("", "random")
     if whole or name == "full": return "the whole data set"
     return "random images" if name == "random" else ""
