@@ -85,11 +85,13 @@ def lookup(name: str,    # what the user typed
            table: dict,  # name -> thing
            what: str,    # "data set", "method", ...: for the message
           ):
-    "`table[name]`, or an `UnknownName` that lists the nearest names; where none is near, all."
+    "`table[name]`, or an `UnknownName` that lists the nearest names; where none is very near, all."
     if name in table: return table[name]
     near = get_close_matches(str(name), list(table), n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(table)}"
-    raise UnknownName(f"unknown {what} {name!r}; {hint}")
+    all_of_them = f"known: {', '.join(table)}" if not near else ""
+    near = near or get_close_matches(str(name), list(table), n=3, cutoff=.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise UnknownName(f"unknown {what} {name!r}; {' '.join(filter(None, [hint, all_of_them]))}")
 
 # %% ../nbs/00_core.ipynb #0c0de702
 class Registry(MutableMapping):
