@@ -53,7 +53,7 @@ lock: .venv/ready  ## requirements.lock from settings.ini
 	  --override .venv/override.txt --no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:      ## remove the environment and what builds leave behind
-	rm -rf .venv build dist *.egg-info _proc _docs .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info _proc _docs _docs .pytest_cache .ruff_cache
 
 .venv/ready: requirements.lock settings.ini hatch_build.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
