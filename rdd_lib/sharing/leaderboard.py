@@ -182,7 +182,7 @@ def _kinds(row):
 def tables(found: list) -> dict:   # (data set, norm, eps, images a class) -> groups, lists of `Found`
     "The rows by tables, and in them by what may be ranked together."
     whole = [f for f in found if reference(f.row) == "the whole data set"]
-    rest = [f for f in found if f not in whole]
+    rest = [f for f in found if reference(f.row) != "the whole data set"]
     keys = {(*_kinds(f.row), budget_of(f.row)) for f in rest}
     keys |= {(*_kinds(f.row), budget_of(f.row)) for f in whole if _kinds(f.row) not in {key[:3] for key in keys}}
     out = {}
