@@ -219,12 +219,20 @@ def test_a_set_that_lies_beside_its_row_comes_along_if_it_is_that_set(tmp_path):
     assert not (tmp_path / "site/rows/mine/card.json").exists()
 
 
+def test_settings_of_any_shape_are_shown(tmp_path):
+    odd = row(training={"objective": "plain"}, student={}, attack={"attacks": "all", "is": None}, paper={"of": [1, {}]})
+    odd["set"] = odd["set"] | {"method": {"is": ["a", 1], "of": {"is": {}}}, "source": {}}
+    put(tmp_path / "rows", "a", odd)
+    assert page(tmp_path).told("rank", "student", "training", "attack") == [("1", "student", "plain", "None")]
+
+
 # Folders
 
 def test_what_is_no_row_is_refused_by_name_and_nothing_is_written(tmp_path):
     put(tmp_path / "rows", "a", row())
     for text, why in (("{", "it is not JSON"), ("[]", "is not of type 'object'"), ("{}", "is a required property"),
-                      (json.dumps(row() | {"rob": row()["rob"] | {"mean": 2}}), "greater than the maximum")):
+                      (json.dumps(row() | {"rob": row()["rob"] | {"mean": 2}}), "greater than the maximum"),
+                      (json.dumps(row(eps=float("nan"))), "NaN or infinity")):
         (tmp_path / "rows" / "odd.json").write_text(text)
         with pytest.raises(BrokenFile, match=f"odd.json' is no row.*{why}"): page(tmp_path)
     assert not (tmp_path / "site").exists()
