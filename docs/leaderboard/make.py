@@ -1,7 +1,7 @@
 """The rows of the reference leaderboard: `python docs/leaderboard/make.py [METHOD ...]` writes them into rows/.
 
-Each row is what `rdd score` says of a set that `rdd compress` made, with the table of images that paired tests read. Half
-an hour on one core: the proxy network of herding, DM, and adversarial training take most of it. DM runs for 200
+Each row is what `rdd score` says of a set that `rdd compress` made, with the table of images that paired tests read.
+Half an hour on one core: the proxy network of herding, DM, and adversarial training take most of it. DM runs for 200
 iterations on a network of width 16; its paper has 20,000 and width 128. Its settings stand in its rows."""
 import os
 import sys
