@@ -268,7 +268,7 @@ def test_a_page_within_the_folder_of_rows_or_above_it_and_the_same_row_twice(tmp
 def site(tmp_path_factory):
     "Two data sets, two radii, two budgets, two objectives; references, a doubt, a proof."
     folder = tmp_path_factory.mktemp("board")
-    methods = (("Herding", 90), ("DM", 88), ("Random", 50), ("DC", 40), ("MinimalCoreset", 10))
+    methods = (("Herding", 90), ("DM", 88), ("Random", 50), ("DC", 40), ("DistributionMatching", 10))
     for ipc in (1, 10):
         for train in ("Standard", "Adversarial"):
             for method, alive in methods:
@@ -360,7 +360,7 @@ def test_ranks_are_shown_and_sorting_goes_both_ways_by_keyboard(visit):
     page = visit()
     page.get_by_role("tab", name="digits").click()
     first = shown(page, "rank", "method")
-    assert first[:5] == [("1", "Herding"), ("1", "DM"), ("–", "Random"), ("3", "DC"), ("4", "MinimalCoreset")]
+    assert first[:5] == [("1", "Herding"), ("1", "DM"), ("–", "Random"), ("3", "DC"), ("4", "DistributionMatching")]
     assert first[5:7] == [("–", "all"), ("1", "Herding")] and ("3", "Craig") in first
     heading = page.locator("section:visible th", has_text="robust %")
     button = page.get_by_role("button", name="robust %")
@@ -427,6 +427,8 @@ def test_light_dark_and_on_a_phone(visit):
     phone = visit(at, viewport={"width": 390, "height": 844})
     wide, screen = phone.evaluate("[document.scrollingElement.scrollWidth, innerWidth]")
     assert wide <= screen == 390
+    inside = "names => names.every(n => n.offsetWidth <= n.closest('th').clientWidth)"
+    assert phone.eval_on_selector_all("section:not([hidden]) .name", inside), "a name runs out of its column"
     keep(phone, "phone")
     phone.locator("section:visible .name").nth(1).click()
     box = phone.locator("[popover]:popover-open").bounding_box()

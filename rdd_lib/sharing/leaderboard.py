@@ -124,7 +124,8 @@ def _line(f, order, names, id):
     hint = escape(", ".join(f"{k}: {v}" for k, v in list(flat(row["set"]["method"]).items())[:9]))
     more = [names["alias"], f"by {row['by']}" if "by" in row else ""]
     more = f'<br><small>{escape(", ".join(filter(None, more)))}</small>' if any(more) else ""
-    name = f'<button class="name" type="button" popovertarget="{id}" title="{hint}">{escape(names["method"])}</button>'
+    shown = "<wbr>".join(map(escape, re.split("(?<=[a-z])(?=[A-Z])", names["method"])))        # where it may be broken
+    name = f'<button class="name" type="button" popovertarget="{id}" title="{hint}">{shown}</button>'
     told = [f'<th scope="row" class="method" data-k="{escape(names["method"])}">{name}{more}</th>']
     told += [_cell(k, _apart(names[k]), names[k]) for k in ("student", "training", "attack")]
     told += [_share(row["std"]), _share(row["rob"]), _share(row.get("proven")), _doubts(row)]
