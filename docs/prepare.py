@@ -22,8 +22,9 @@ COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{p
 FOLDED = {"parameters": "Parameters of this page", "injected-parameters": "Parameters of this run",
           "imports": "Imports", "export": "Code of the library"}
 ABOUT_BOARD = ("What methods of the library reach on 4,000 real digits (mnist5k), at 1 and 10 images a class: two "
-               "students each, a small MLP, judged by 300 test images. So few images tell only large differences "
-               "apart. docs/leaderboard/make.py made the rows; DM had far fewer iterations than in its paper.")
+               "students each, a small MLP that trains for 1,000 steps, judged by 300 test images. So few images "
+               "tell only large differences apart. docs/leaderboard/make.py made the rows; DM had far fewer "
+               "iterations than in its paper.")
 STORIES = "Questions that go across the library, asked and answered in one go."
 
 

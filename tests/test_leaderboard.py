@@ -219,12 +219,20 @@ def test_a_set_that_lies_beside_its_row_comes_along_if_it_is_that_set(tmp_path):
     assert not (tmp_path / "site/rows/mine/card.json").exists()
 
 
+def test_settings_of_any_shape_are_shown(tmp_path):
+    odd = row(training={"objective": "plain"}, student={}, attack={"attacks": "all", "is": None}, paper={"of": [1, {}]})
+    odd["set"] = odd["set"] | {"method": {"is": ["a", 1], "of": {"is": {}}}, "source": {}}
+    put(tmp_path / "rows", "a", odd)
+    assert page(tmp_path).told("rank", "student", "training", "attack") == [("1", "student", "plain", "None")]
+
+
 # Folders
 
 def test_what_is_no_row_is_refused_by_name_and_nothing_is_written(tmp_path):
     put(tmp_path / "rows", "a", row())
     for text, why in (("{", "it is not JSON"), ("[]", "is not of type 'object'"), ("{}", "is a required property"),
-                      (json.dumps(row() | {"rob": row()["rob"] | {"mean": 2}}), "greater than the maximum")):
+                      (json.dumps(row() | {"rob": row()["rob"] | {"mean": 2}}), "greater than the maximum"),
+                      (json.dumps(row(eps=float("nan"))), "NaN or infinity")):
         (tmp_path / "rows" / "odd.json").write_text(text)
         with pytest.raises(BrokenFile, match=f"odd.json' is no row.*{why}"): page(tmp_path)
     assert not (tmp_path / "site").exists()
@@ -260,7 +268,7 @@ def test_a_page_within_the_folder_of_rows_or_above_it_and_the_same_row_twice(tmp
 def site(tmp_path_factory):
     "Two data sets, two radii, two budgets, two objectives; references, a doubt, a proof."
     folder = tmp_path_factory.mktemp("board")
-    methods = (("Herding", 90), ("DM", 88), ("Random", 50), ("DC", 40), ("MinimalCoreset", 10))
+    methods = (("Herding", 90), ("DM", 88), ("Random", 50), ("DC", 40), ("DistributionMatching", 10))
     for ipc in (1, 10):
         for train in ("Standard", "Adversarial"):
             for method, alive in methods:
@@ -352,7 +360,7 @@ def test_ranks_are_shown_and_sorting_goes_both_ways_by_keyboard(visit):
     page = visit()
     page.get_by_role("tab", name="digits").click()
     first = shown(page, "rank", "method")
-    assert first[:5] == [("1", "Herding"), ("1", "DM"), ("–", "Random"), ("3", "DC"), ("4", "MinimalCoreset")]
+    assert first[:5] == [("1", "Herding"), ("1", "DM"), ("–", "Random"), ("3", "DC"), ("4", "DistributionMatching")]
     assert first[5:7] == [("–", "all"), ("1", "Herding")] and ("3", "Craig") in first
     heading = page.locator("section:visible th", has_text="robust %")
     button = page.get_by_role("button", name="robust %")
@@ -419,6 +427,8 @@ def test_light_dark_and_on_a_phone(visit):
     phone = visit(at, viewport={"width": 390, "height": 844})
     wide, screen = phone.evaluate("[document.scrollingElement.scrollWidth, innerWidth]")
     assert wide <= screen == 390
+    inside = "names => names.every(n => n.offsetWidth <= n.closest('th').clientWidth)"
+    assert phone.eval_on_selector_all("section:not([hidden]) .name", inside), "a name runs out of its column"
     keep(phone, "phone")
     phone.locator("section:visible .name").nth(1).click()
     box = phone.locator("[popover]:popover-open").bounding_box()

@@ -111,7 +111,7 @@ def test_the_leaderboard_is_made_of_the_rows_in_the_repository(prepared):
     board, rows = prepared[0] / "extra" / "leaderboard", DOCS / "leaderboard" / "rows"
     made = json.loads((board / "rows.json").read_text(encoding="utf-8"))
     assert sorted(made, key=str) == sorted((json.loads(p.read_text()) for p in rows.glob("*.json")), key=str)
-    assert (board / "index.html").read_text(encoding="utf-8").count('data-order="') >= len(made) > 20
+    assert (board / "index.html").read_text(encoding="utf-8").count('data-order="') >= len(made) == 22
     assert sum(p.stat().st_size for p in rows.iterdir()) < 300_000
 
 
@@ -298,7 +298,7 @@ def test_the_leaderboard_is_reached_from_every_page_and_leads_back(visit):
     assert page.locator("section:visible tbody tr").count() > 10
     keep(page, "leaderboard")
     page.locator("a.home").click()
-    assert page.locator(".promise").count() == 1
+    page.wait_for_selector(".bd-article h1")
 
 
 @full

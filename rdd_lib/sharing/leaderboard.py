@@ -10,6 +10,7 @@ import base64, hashlib, json, re, shutil
 from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from urllib.parse import quote
 import rdd_lib
@@ -57,9 +58,17 @@ def _at_hand(folder, path, name, sha256):
     check(own == sha256, told, BrokenFile)
     return whole.relative_to(root).as_posix()
 
+def _numbers(o):
+    "All numbers in plain data."
+    if isinstance(o, float): yield o
+    inside = o.values() if isinstance(o, dict) else o
+    if isinstance(o, (dict, list)): yield from (v for part in inside for v in _numbers(part))
+
 def found_at(folder: Path, path: Path) -> Found:
     "A row with what lies beside it. Raises `BrokenFile` for what does not fit."
     row = read_row(path)
+    numbers = all(isfinite(v) for v in _numbers(row))
+    check(numbers, f"{str(path)!r} is no row: it holds NaN or infinity, which JSON does not know", BrokenFile)
     own = path.relative_to(folder).as_posix()
     made = _at_hand(folder, path, row["set"]["file"], row["set"]["sha256"])
     if "per_image" not in row: return Found(row, own, made)
@@ -115,7 +124,8 @@ def _line(f, order, names, id):
     hint = escape(", ".join(f"{k}: {v}" for k, v in list(flat(row["set"]["method"]).items())[:9]))
     more = [names["alias"], f"by {row['by']}" if "by" in row else ""]
     more = f'<br><small>{escape(", ".join(filter(None, more)))}</small>' if any(more) else ""
-    name = f'<button class="name" type="button" popovertarget="{id}" title="{hint}">{escape(names["method"])}</button>'
+    shown = "<wbr>".join(map(escape, re.split("(?<=[a-z])(?=[A-Z])", names["method"])))        # where it may be broken
+    name = f'<button class="name" type="button" popovertarget="{id}" title="{hint}">{shown}</button>'
     told = [f'<th scope="row" class="method" data-k="{escape(names["method"])}">{name}{more}</th>']
     told += [_cell(k, _apart(names[k]), names[k]) for k in ("student", "training", "attack")]
     told += [_share(row["std"]), _share(row["rob"]), _share(row.get("proven")), _doubts(row)]
@@ -182,7 +192,7 @@ def _kinds(row):
 def tables(found: list) -> dict:   # (data set, norm, eps, images a class) -> groups, lists of `Found`
     "The rows by tables, and in them by what may be ranked together."
     whole = [f for f in found if reference(f.row) == "the whole data set"]
-    rest = [f for f in found if f not in whole]
+    rest = [f for f in found if reference(f.row) != "the whole data set"]
     keys = {(*_kinds(f.row), budget_of(f.row)) for f in rest}
     keys |= {(*_kinds(f.row), budget_of(f.row)) for f in whole if _kinds(f.row) not in {key[:3] for key in keys}}
     out = {}
@@ -197,7 +207,7 @@ def tables(found: list) -> dict:   # (data set, norm, eps, images a class) -> gr
 # %% ../../nbs/sharing/93_leaderboard.ipynb #0f65ec56
 def _alias(row, known):
     if reference(row) == "the whole data set": return ""
-    return str(row["set"].get("alias") or known.get(row["set"]["method"].get("is"), ""))
+    return str(row["set"].get("alias") or known.get(str(row["set"]["method"].get("is")), ""))
 
 def _names(groups, known):
     "What each row of a table is called: by its path, a dict of names."
@@ -262,7 +272,7 @@ def page(found: list,      # of `Found`
     sections = [_section(n, *item, known) for n, item in enumerate(tables(found).items())]
     parts = {"policy": policy, "title": escape(title), "about": f"<p>{escape(about)}</p>{NEWLINE}" * bool(about),
              "count": _count(found), "tables": NEWLINE.join(sections),
-             "home": home and f'<a class="home" href="{escape(home[0])}">{escape(home[1])}</a>{NEWLINE}' or "",
+             "home": f'<a class="home" href="{escape(home[0])}">{escape(home[1])}</a>{NEWLINE}' if home else "",
              "version": f"Made by rdd_lib {rdd_lib.__version__}."}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 

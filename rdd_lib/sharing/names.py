@@ -39,7 +39,9 @@ def threat_told(threat: dict) -> str:
 def _words(name): return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name)).lower()
 
 def objective_told(training: dict) -> str:
-    return _words((training.get("objective") or {}).get("is", "training not told"))
+    "What is minimised, in lower case."
+    objective = training.get("objective") or "training not told"
+    return _words(objective.get("is", "objective of no name") if isinstance(objective, dict) else objective)
 
 def attack_told(attack: dict) -> str:
     "The attack, with its parts where it is several."

@@ -42,7 +42,7 @@ def better_than(rows: list,         # that may be compared
     found = np.zeros((len(rows), len(rows)), dtype=bool)
     for a, b in permutations(range(len(rows)), 2): found[a, b] = rows[a]["rob"]["lo"] > rows[b]["rob"]["hi"]
     pairs = paired(rows, hits)
-    draws = max(10_000, 100 * len(pairs))                   # so that the smallest p-value can pass Holm's correction
+    draws = max(10_000, 50 * len(pairs))                    # so that the smallest p-value can pass Holm's correction
     tests = [difference(hits[a], hits[b], level=level, draws=draws) for a, b in pairs]
     for (a, b), test, p in zip(pairs, tests, holm([test.p for test in tests])):
         certain = p <= 1 - level
