@@ -6,8 +6,10 @@
 __all__ = ['KINDS', 'TIMEOUT', 'is_address', 'is_remote', 'beside', 'fetched']
 
 # %% ../nbs/011_addresses.ipynb #41618353
-import hashlib, os, posixpath, re
+import hashlib, logging, os, posixpath, re
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import url2pathname
 from .core import BrokenFile, MissingData, check
@@ -47,7 +49,16 @@ def beside(address: str | Path,   # of a file
 # %% ../nbs/011_addresses.ipynb #6c59d8f9
 def _sha256(path): return hashlib.sha256(require_readable(path).read_bytes()).hexdigest()
 
-def _reason(e): return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+def _reason(e): return shorten(f"{type(e).__name__}: {e}", 200, placeholder=" ...")
+
+@contextmanager
+def _quietly(name):
+    "What a library tells of its tries is not told; how it ended is said in one sentence."
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try: yield
+    finally: log.setLevel(before)
 
 def _from_web(url, path):
     import pooch
@@ -63,7 +74,8 @@ def _from_hub(address):
     check(found, f"an address of the hub reads hf://user/name[@revision]/file, got {address!r}")
     repo, revision, file = found.groups()
     how = dict(repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT"), etag_timeout=TIMEOUT)
-    try: return Path(hub.hf_hub_download(repo, file, revision=revision, **how))
+    try:
+        with _quietly("huggingface_hub"): return Path(hub.hf_hub_download(repo, file, revision=revision, **how))
     except Exception as e: raise MissingData(f"{address!r} could not be fetched ({_reason(e)})") from None
 
 def fetched(address: str | Path,           # a path, file://, http://, https://, hf://user/name[@revision]/file

@@ -43,7 +43,7 @@ def compress(method: Optional[str] = named("methods", "a method, see `rdd list m
     "Compress a data set into one file, as the method's paper does for this data set and budget."
     from rdd_lib.compressor import find_method
     from rdd_lib.core import describe
-    from rdd_lib.data import data_set, is_path
+    from rdd_lib.data import data_set, is_path, load
     if method is None or data is None: return _what_is_lacking(method)
     short = {"budget": budget, "time_limit": time_limit, "gap": gap}
     source, found = data_set(data, held_out), find_method(method)
@@ -55,7 +55,7 @@ def compress(method: Optional[str] = named("methods", "a method, see `rdd list m
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     out = out or Path(f"{method}-{source.name}-{'ipc' if ipc else budget or 'total'}{ipc or total}.safetensors")
     if is_path(data): typer.echo(f"{source.name}: {source}")
-    images = source.load("train", size, classes)
+    images = load(data, "train", size, classes, held_out)
     _compress(compressor, method, images, dict(ipc=ipc, total=total, seed=seed, device=device), out, film)
 
 def _what_is_lacking(method):
@@ -137,8 +137,9 @@ def _read(path, data, stats, which):
     from rdd_lib.data import is_path, load
     from rdd_lib.published import load_compressed
     asked = {name: value for name, value in (("stats", stats), ("which", which)) if value}
-    ours = Path(path).suffix not in (".pt", ".pth") and not Path(path).is_dir()     # it says of itself what it is
-    if data and is_path(data): data = None if ours else load(data)
+    ours = Path(path).suffix not in (".pt", ".pth") and not Path(path).is_dir()
+    if ours: data = None                          # it says of itself what it is; `source_of` looks whether that fits
+    elif data and is_path(data): data = load(data)
     return load_compressed(path, data, **asked)
 
 # %% ../nbs/97_cli.ipynb #665c21cd
@@ -196,8 +197,10 @@ def score(path: str = typer.Argument(help=FILE),
               "(attack.steps=)")):
     "Train students on a compressed set, attack them on the test set of its source, and say how they fared."
     from rdd_lib.cli_score import Asked, row_written, scored
+    from rdd_lib.core import check
     asked = Asked(attack, threat, n_test, diagnose, certify, parse_settings(set_), data, held_out, out, device,
                   train=train, net=net, seeds=seeds, eta=eta)
+    check(row is None or row.suffix == ".json", f"--row must end in .json, got {str(row)!r}")
     S = _read(path, data, stats, which)
     if row: row_written(path, S, asked, typer.echo, row, by)
     else: scored(S, asked, typer.echo)
@@ -213,7 +216,8 @@ def attack(path: Path = typer.Argument(help="the weights: a state dict (.safeten
            n_test: Optional[int] = typer.Option(None, help="stratified test images; 0 for all; default: 300"),
            stats: Optional[str] = typer.Option(None, show_default=False,
                help="how images are normalised before the network: dc, mtt, ..., pixels (not at all), or mean/std like "
-                    ".1307/.3081; default: as the file says, else by the training images"),
+                    ".1307/.3081 or .485,.456,.406/.229,.224,.225 (ImageNet's); default: as the file says, else by the "
+                    "training images"),
            diagnose: bool = typer.Option(False, "--diagnose", help="look for reasons not to believe the result"),
            certify: bool = typer.Option(False, "--certify", help="prove a floor (convnet, mlp and lenet)"),
            size: Optional[int] = size(), held_out: Optional[float] = split(),

@@ -38,9 +38,9 @@ EPILOG = {
                "rdd attack model.pt --net convnet --set net.settings.width=64 --data ./my_images --size 64 --diagnose",
                "rdd attack model.safetensors --net mlp --data mnist5k --set attack.steps=50 --certify -o images.csv"],
     "publish": ["rdd score mcs.safetensors --train adversarial --row row.json -o images.csv",
-                "rdd publish mcs.safetensors --row row.json -o mcs_digits --address hf://me/mcs_digits"],
-    "rescore": ["rdd rescore row.json", "rdd rescore hf://me/mcs_digits/results/paper-0123456789ab.json"],
-    "leaderboard": ["rdd leaderboard rows -o board"],
+                "rdd publish mcs.safetensors --row row.json --licence mit -o shared/mcs --address hf://me/mcs"],
+    "rescore": ["rdd rescore row.json", "rdd rescore hf://me/mcs/results/paper-0123456789ab.json"],
+    "leaderboard": ["rdd leaderboard shared -o board"],
     "data": ["rdd data mnist5k", "rdd data ./my_images", "rdd data ./my_images --size 64 --picture my_images.png"],
     "list": ["rdd list", "rdd list methods", "rdd list models --json"]}
 

@@ -35,7 +35,7 @@ def data(name: str = named("data", "a data set, see `rdd list data`, or a path: 
          size: Optional[int] = size(), held_out: Optional[float] = split(),
          picture: Optional[Path] = file_out("write some of its images as a picture (png, svg, pdf)", "--picture"),
          per_class: int = typer.Option(10, help="images of each class in the picture")):
-    "What is in a data set: counts, sizes, broken files, images that are in both splits."
+    "What is in a data set: counts, sizes, broken files, images that are in both splits (exit code 1 for these two)."
     from rdd_lib.data import data_set
     from rdd_lib.own import Own, examine
     found = data_set(name, held_out)
@@ -50,6 +50,7 @@ def data(name: str = named("data", "a data set, see `rdd list data`, or a path: 
             for line in _listed(what, rows): typer.echo(line)
         if not (wrong.broken or wrong.leaked or wrong.repeated): typer.echo("no broken file, no image twice")
     if picture: _draw(found, size, picture, per_class)
+    if isinstance(found, Own) and (wrong.broken or wrong.leaked): raise typer.Exit(1)
 
 def _draw(found, size, path, per_class):
     import torch

@@ -7,7 +7,7 @@ __all__ = ['Judging', 'Asked', 'default_threat', 'student_of', 'source_of', 'Ver
            'told_score', 'attacked']
 
 # %% ../nbs/95_cli_score.ipynb #a70f8b97
-import os, time
+import math, os, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from . import data, files
@@ -77,8 +77,9 @@ class Asked(Judging):
     @classmethod
     def again(cls, plain: dict, **more) -> "Asked":
         "Of what `plain` gave; `more` in its place or beside it. Raises `BadArgument`."
-        odd = {*plain} - {f.name for f in fields(cls)}
+        odd, lacking = {*plain} - {f.name for f in fields(cls)}, {*cls().plain()} - {*plain}
         check(not odd, f"the row was asked for with {', '.join(sorted(odd))}, which this version does not know")
+        check(not lacking, f"the row does not say with which {', '.join(sorted(lacking))} it was asked for")
         return cls(**plain | more)
 
 def default_threat(name: str) -> Linf:   # of the data set
@@ -109,8 +110,9 @@ def source_of(S, split: str,
               held_out: float | None = None):
     "The images that a compressed set was made from, or is judged by: in its size, and of its classes."
     if where is None or not data.is_path(where):
+        check(where in (None, S.name), f"the set was made from {S.name!r}, and --data says {where!r}")
         check(S.name in data.DATASETS, f"{S.name!r} is no data set that can be loaded by name: say where its images "
-              "are, --data PATH; from Python, evaluate(student, test, attack)", MissingData)
+              "are, --data PATH", MissingData)
         return data.load(*data.origin_of(S, split))
     def part(split): return data.load(where, split, S.shape[-1], list(S.classes), held_out)
     told = S.provenance.get("source", {}).get("fingerprint") if hasattr(S, "provenance") else None
@@ -144,6 +146,12 @@ def _followed(trainer, S):
     if labels: told.insert(0, f"labels of views: {labels.epochs} epochs in batches of {labels.batch}")
     return ", and ".join(told)
 
+def _few_steps(trainer, S, few=200):
+    "How many steps a student takes, where that is few and nobody asked for it."
+    steps = trainer.epochs * math.ceil(len(S) / trainer.batch)
+    asked = trainer.steps is not None or trainer.epochs != Trainer().epochs
+    return 0 if asked or steps >= few or _followed(trainer, S) else steps
+
 def _verdict(outcome):
     def told(word, w):
         lo, hi = outcome.interval(w)
@@ -164,11 +172,11 @@ def _images(outcomes, floors):
     return pd.concat(tables, ignore_index=True)
 
 def _until_written(out, model, test, judge, seed, device):
-    """Where an evaluation is kept: beside the table until that is written, under a name of its own; in the cache, while
-    it runs, where there is no table."""
-    if not out: return True
+    """Where an evaluation is kept until the command ends, under a name of its own: beside the table, else in the cache;
+    None where that cannot be written."""
     name = digest([fingerprint(model), judge, test, seed, str(device_of(device))])
-    return out.with_name(f"{out.name}.{name}.checkpoint")
+    if out: return out.with_name(f"{out.name}.{name}.checkpoint")
+    return files.in_cache(files.kept("evaluations") / f"{name}.checkpoint", "an evaluation")
 
 def _over_seeds(outcomes, say):
     from rdd_lib.reproduce.tables import summary
@@ -206,10 +214,10 @@ class Verdicts:
             say("    " + repr(self.doubts[-1]).replace("\n", "\n    "))
 
     def write(self, path, say):
-        "The table of images; then the evaluations need not be kept."
-        if not path: return
-        say(f"  a row an image and student: {files.save_table(_images(self.outcomes, self.floors), path)}")
-        for o in self.outcomes: o.checkpoint.unlink(missing_ok=True)
+        "The table of images, if one was asked for; then the evaluations need not be kept."
+        if path: say(f"  a line an image and student: {files.save_table(_images(self.outcomes, self.floors), path)}")
+        for o in self.outcomes:
+            if o.checkpoint: o.checkpoint.unlink(missing_ok=True)
 
 def _judged_by(asked, judge):
     "The judge in words; two names belong together."
@@ -233,6 +241,7 @@ def scored(S: ImageSet,    # a compressed set
     say(f"{len(S)} images of {S.name}; {asked.train} training of {_student_told(student)}; {_judged_by(asked, judge)}; "
         f"{len(test)} test images")
     if made := _made_with(S, student): say(f"  the set was made with another network, {made}")
+    if few := _few_steps(trainer, S): say(f"  a student takes only {few} steps; --set steps=1000 trains longer")
     if followed := _followed(trainer, S): say(f"  students follow the set's own {followed} (--set follow=False: not)")
     found = Verdicts()
     for s in progress(range(asked.seeds), desc="students"):
@@ -287,7 +296,7 @@ def rescored(address: str,           # of a row: a path, file://, http(s)://, hf
         return True
     for what, found in (("the result", result), ("what was judged", judged), ("the circumstances", around)):
         for line in found: say(f"  differs in {what}: {line}")
-    if not around: say("  device and versions are the same, so this should not be")
+    if not (around or judged): say("  device and versions are the same, so this should not be")
     return False
 
 def told_score(row):
@@ -312,8 +321,9 @@ def attacked(path: str | Path,       # of the weights
     if asked.out: files.require_writable(asked.out)
     model = load_weights(made(train), path, stats, train).eval()
     if asked.certify: steps_of(model)
+    mean, std = (", ".join(f"{v:.4g}" for v in t.flatten().tolist()) for t in (model.mean, model.std))
     say(f"{Path(path).name}, a {_student_told(made)}; {_judged_by(asked, judge)}; {len(test)} test images of "
-        f"{whole.name}")
+        f"{whole.name}, normalised by {mean} / {std}")
     found = Verdicts()
     found.add("model", model, test, judge, asked, 0, say)
     found.write(asked.out, say)

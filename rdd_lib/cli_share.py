@@ -6,6 +6,7 @@
 __all__ = ['publish', 'rescore', 'leaderboard']
 
 # %% ../nbs/96_cli_share.ipynb #84a92a45
+import json
 from pathlib import Path
 from typing import Optional
 import typer
@@ -18,23 +19,26 @@ def publish(path: str = typer.Argument(help="a set that `rdd compress` wrote, or
             row: Optional[list[str]] = typer.Option(None, "--row", show_default=False,
                 help="a row of `rdd score --row`; as often as wanted"),
             model: Optional[Path] = typer.Option(None, show_default=False, help="weights beside it, .safetensors"),
-            licence: str = typer.Option("cc0-1.0", help="as the hub calls it: mit, cc-by-4.0, ..."),
+            licence: str = typer.Option(..., help="of the images, as the hub calls it: mit, cc-by-4.0, cc0-1.0, other"),
             address: str = typer.Option("", help="where it will be, for the card: hf://user/name, https://...")):
     "Make a folder of a set and its scores; it is a data set repository of the Hugging Face hub as it is."
     from rdd_lib.sharing.publish import publish as make
     folder = make(path, out, row or (), model, licence, address)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for file in files: typer.echo(f"{file} ({file.stat().st_size:,} bytes)")
-    typer.echo(f"to the hub: hf upload USER/NAME {folder} --repo-type dataset")
+    typer.echo(f"licence: {licence}; the images in it can be seen by everybody who gets the folder")
+    place = address.partition("hf://")[2].removeprefix("datasets/") or "USER/NAME"
+    typer.echo(f"to the hub: hf upload {place} {folder} --repo-type dataset")
 
 @app.command(epilog=examples("rescore"))
-def rescore(row: str = typer.Argument(help="a row: a path, file://, http(s)://, hf://user/name/results/....json"),
+def rescore(rows: list[str] = typer.Argument(help="rows: paths, file://, http(s)://, hf://user/name/results/....json"),
             data: Optional[str] = named("data", "where the data set is, if it is one of your own", None, "--data",
                                         show_default=False),
             device: str = device()):
-    "Compute a shared row again; exit code 0 where it is the same, 1 where it differs."
+    "Compute shared rows again; exit code 0 where they are the same, 1 where one differs."
     from rdd_lib.cli_score import rescored
-    if not rescored(row, typer.echo, data, device): raise typer.Exit(1)
+    same = [rescored(row, typer.echo, data, device) for row in rows]
+    if not all(same): raise typer.Exit(1)
 
 @app.command(epilog=examples("leaderboard"))
 def leaderboard(rows: Path = typer.Argument(help="a folder of rows, at any depth; published folders too"),
@@ -42,4 +46,10 @@ def leaderboard(rows: Path = typer.Argument(help="a folder of rows, at any depth
                 title: str = typer.Option("Leaderboard", help="of the page")):
     "One static page of all rows: ranks with ties, filters, links; it needs no server."
     from rdd_lib.sharing.leaderboard import leaderboard as make
-    typer.echo(f"{make(rows, out, title)}: open it in a browser, or put the folder on any web server")
+    page = make(rows, out, title)
+    typer.echo(f"{page}: open it in a browser, or put the folder on any web server")
+    wanted = {row["set"]["sha256"] for row in json.loads((page.parent / "rows.json").read_text(encoding="utf-8"))}
+    lacking = len(wanted) - len([*(page.parent / "rows").rglob("*.safetensors")])
+    if lacking > 0:
+        typer.echo(f"{lacking} of {len(wanted)} sets are not in {rows}, so their rows cannot be computed again from "
+                   "there: `rdd publish` puts a set and its rows into one folder")

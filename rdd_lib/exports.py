@@ -289,7 +289,8 @@ def _misfits(ours, theirs, here, given):
         if there != shape: wrong.append(f"{theirs[c]} is {there}, here {shape}")
     told = "; ".join(wrong[:8])
     if len(wrong) > 8: told += f", and {len(wrong) - 8} more"
-    if any(c.endswith("running_mean") and c not in theirs for c in ours):
+    kept = any(name.endswith("running_mean") for name in given)
+    if not kept and any(c.endswith("running_mean") and c not in theirs for c in ours):
         told += "; the file has no running statistics, so its norm is not batch norm"
     return told
 

@@ -271,7 +271,7 @@ def _why_unread(path, e):
     asked = re.search(r"GLOBAL ([\w.]+)", str(e)) if isinstance(e, UnpicklingError) else None
     if asked:
         return (f"{str(path)!r} is refused: to open it, {asked[1]} would have to be called, and that could run any "
-                "code; tensors, numbers, strings, lists and dicts are read")
+                "code; tensors, numbers, strings, lists and dicts are read (of a model, save its state_dict())")
     first = str(e).partition("\n")[0] or "empty"
     return f"{str(path)!r} cannot be read as a torch file ({type(e).__name__}: {first})"
 

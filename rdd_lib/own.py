@@ -7,6 +7,7 @@ __all__ = ['SPLITS', 'Part', 'Own', 'own', 'Findings', 'examine']
 
 # %% ../nbs/034_own.ipynb #ad89b367
 import hashlib, json, re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,7 +216,7 @@ class Own(DataSet):
         if size is not None: return check_whole("size", size)
         (w, h), *others = self.sizes
         check(not others and w == h, lambda: f"size must be given, for the images of {self.name} are of "
-              f"{_range(self.sizes)} pixels: each is scaled, and its middle square kept; for example size 64")
+              f"{_range(self.sizes)} pixels: each is scaled, and its middle square kept; such as size=64, --size 64")
         return w
 
     def load(self, split, size=None, classes=None) -> ImageSet:
@@ -251,7 +252,17 @@ def _with_names(parts, names):
     classes = tuple(dict.fromkeys(told.values()))
     return {split: Part(p.pictures, [told[label] for label in p.labels]) for split, p in parts.items()}, classes
 
-def _says(name, parts, classes, sizes, channels, held_out):
+def _passed_over(path, parts):
+    "Files in a folder of pictures that are none, by their endings; empty where there are none."
+    used = {p for part in parts.values() for p in part.pictures if isinstance(p, Path)}
+    if not used: return ""
+    others = [p for p in path.rglob("*") if p.is_file() and p not in used]
+    seen = [p for p in others if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    kinds = Counter(p.suffix.lower() or p.name for p in seen)
+    told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    return f"; passed over: {told}" if told else ""
+
+def _says(parts, classes, sizes, channels, held_out):
     "What a set is, in a line."
     counts = [f"{c} {parts['train'].labels.count(c)}" for c in classes[:10]]
     more = f", and {len(classes) - 10} more" if len(classes) > 10 else ""
@@ -265,16 +276,18 @@ def own(find, path: Path, held_out: float | None = None) -> Own:
     parts, names = find(path)
     check("train" in parts, f"{str(path)!r} has no training split, only {', '.join(parts)}", MissingData)
     two = "test" in parts
-    check(held_out is None or not two, f"held_out must be left out, for {str(path)!r} has a test split, got {held_out}")
-    if held_out is not None: check_number("held_out", held_out, above=0, most=.9)
+    what = "held_out (--split)"
+    check(held_out is None or not two, f"{what} must be left out, for {str(path)!r} has a test split, got {held_out}")
+    if held_out is not None: check_number(what, held_out, above=0, most=.9)
     share = None if two else held_out or .2
     parts, classes = _with_names(parts, names)
     if share: parts["train"], parts["test"] = _split(parts["train"], share)
     looks = [look for part in parts.values() for picture in part.pictures if (look := _look(picture))]
     check(looks, f"{str(path)!r} holds no image that can be read", BrokenFile)
     sizes, channels = tuple(sorted({size for size, _ in looks})), 1 if all(grey for _, grey in looks) else 3
-    name = f"my_{path.stem}" if path.stem in DATASETS else path.stem
-    told = _says(name, parts, classes, sizes, channels, share)
+    stem = path.resolve().stem
+    name = f"my_{stem}" if stem in DATASETS else stem
+    told = _says(parts, classes, sizes, channels, share) + _passed_over(path, parts)
     shape = (channels, *sizes[0][::-1]) if len(sizes) == 1 else None
     return Own(name, told, classes, shape, parts=parts, sizes=sizes, channels=channels, held_out=share)
 

@@ -255,11 +255,20 @@ def test_same_rows_same_bytes_in_whatever_order_they_are_found(tmp_path, monkeyp
     assert first == second and len(first) == 2 + 12 + 3
 
 
-def test_a_page_within_the_folder_of_rows_or_above_it_and_the_same_row_twice(tmp_path):
+def test_a_page_within_the_folder_of_rows_or_beside_it_and_the_same_row_twice(tmp_path):
     for name in ("rows/a", "rows/b/a"): put(tmp_path, name, row())
-    for out in (".", "rows/site"):
+    for out in ("site", "rows/site"):
         for _ in range(2): assert len(Reader(leaderboard(tmp_path / "rows", tmp_path / out)).told("rank")) == 1
-    assert json.loads((tmp_path / "rows.json").read_text()) == [json.loads(json.dumps(row()))]
+    assert json.loads((tmp_path / "site" / "rows.json").read_text()) == [json.loads(json.dumps(row()))]
+
+
+def test_a_page_is_not_put_among_other_things(tmp_path):
+    put(tmp_path, "rows/a", row())
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    with pytest.raises(BadArgument, match="holds other things than a leaderboard"):
+        leaderboard(tmp_path / "rows", tmp_path / "photos")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
 # In a browser

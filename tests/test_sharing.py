@@ -133,7 +133,7 @@ def test_a_row_that_differs_says_in_what(folder, rdd, tmp_path):
 def test_a_published_folder_has_what_the_hub_reads(folder):
     card = (folder / "README.md").read_text()
     head = card.split("---\n")[1]
-    assert 'license: "cc0-1.0"' in head and "dataset-distillation" in head and "n<1K" in head
+    assert 'license: "other"' in head and "dataset-distillation" in head and "n<1K" in head
     assert "set.png" in card and "robust" in card
     row = read_row(row_in(folder))
     assert sha(folder / "results" / row["per_image"]["file"]) == row["per_image"]["sha256"]
@@ -198,5 +198,6 @@ def test_a_row_from_elsewhere_cannot_name_a_file_here(folder, web, rdd):
 
 def test_nothing_that_could_run_is_published(folder, rdd, tmp_path):
     Path(tmp_path / "model.pt").write_bytes(b"\x80\x04.")
-    done = rdd("publish", folder / "set.safetensors", "-o", "new", "--model", "model.pt")
+    done = rdd("publish", folder / "set.safetensors", "-o", "new", "--licence", "mit",
+               "--model", "model.pt")
     assert done.returncode == 2 and "must be a .safetensors file" in done.stderr and not (tmp_path / "new").exists()

@@ -143,14 +143,18 @@ def test_from_photographs_to_a_leaderboard(installed):
     for method in ("mcs", "random"):
         name = f"{method}.safetensors"
         installed("rdd", "compress", method, "./my_images", "--ipc", 3, "--size", 16, "-o", name)
-        judged = "--net", "mlp", "--attack", "quick", "--n-test", 0, "--set", "steps=20", "-o", f"rows/{method}.csv"
-        installed("rdd", "score", name, "--data", "./my_images", *judged, "--row", f"rows/{method}.json")
-    installed("rdd", "publish", "mcs.safetensors", "--row", "rows/mcs.json", "-o", "shared")
-    row, = (installed.folder / "shared/results").glob("*.json")
-    assert "identical" in installed("rdd", "rescore", row, "--data", "./my_images")
-    assert "index.html" in installed("rdd", "leaderboard", "rows", "-o", "board")
+        judged = "--data", "./my_images", "--net", "mlp", "--attack", "quick", "--set", "steps=20"
+        row = "--row", f"{method}.json"
+        installed("rdd", "score", name, *judged, *row, "-o", f"{method}.csv")
+        told = installed("rdd", "publish", name, *row, "--licence", "other", "-o", f"shared/{method}")
+        assert "licence: other" in told
+    rows = [*(installed.folder / "shared").rglob("results/*.json")]
+    assert installed("rdd", "rescore", *rows, "--data", "./my_images").count("identical") == len(rows) == 2
+    assert "not in shared" not in installed("rdd", "leaderboard", "shared", "-o", "board")
     page = (installed.folder / "board/index.html").read_text()
     assert "MinimalCoreset" in page and "Random" in page
+    inside = [*(installed.folder / "board/rows").rglob("results/*.json")]
+    assert "identical" in installed("rdd", "rescore", inside[0], "--data", "./my_images")
 
 
 WITHOUT = """

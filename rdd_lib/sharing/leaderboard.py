@@ -289,6 +289,8 @@ def leaderboard(rows: str | Path,   # a folder of rows, at any depth
     its row says, `MissingData` where there are no rows, `Unwritable`; before anything is written."""
     folder, out = Path(rows), Path(out)
     check(folder.resolve() != out.resolve(), f"out must be another folder than that of the rows, got {str(out)!r}")
+    own = not out.exists() or out.is_dir() and (not any(out.iterdir()) or (out / "rows.json").is_file())
+    check(own, f"{str(out)!r} holds other things than a leaderboard: give a folder that is not there yet")
     within = out.resolve().is_relative_to(folder.resolve())
     found = [found_at(folder, path) for path in row_files(folder, out if within else None)]
     found = sorted({f.order[0]: f for f in reversed(found)}.values(), key=lambda f: f.order)

@@ -10,6 +10,7 @@ import json, re, shutil
 from pathlib import Path
 from ..addresses import beside, fetched
 from ..core import check, digest
+from ..data import DATASETS
 from ..files import atomic, read_by, writing
 from ..published import load_compressed
 from .rows import as_text, read_row, sha256_of
@@ -47,6 +48,7 @@ def card(S, rows: list, licence: str, address: str) -> str:
     head = "| student | training | attack | clean | robust | proven | doubts |\n|---|---|---|---|---|---|---|"
     scores = "\n".join([head, *map(_score_line, rows)]) if rows else "None yet."
     name = address.rstrip("/") or "FOLDER_OR_ADDRESS"
+    own = "" if S.name in DATASETS else f" --data {S.name}    # the folder of its images, which are not part of this"
     return f"""---
 {front}
 ---
@@ -72,7 +74,7 @@ S = rdd.load_compressed("{name}/set.safetensors")
 ```
 
     rdd show {name}/set.safetensors
-    rdd rescore {name}/results/{_row_name(rows[0]) if rows else 'ROW.json'}
+    rdd rescore {name}/results/{_row_name(rows[0]) if rows else 'ROW.json'}{own}
 """
 
 # %% ../../nbs/sharing/91_publish.ipynb #aaafd02c
@@ -101,7 +103,7 @@ def publish(path: str | Path,        # of a compressed set, as `save` wrote it; 
             folder: str | Path,      # to be made, or empty
             rows=(),                 # files of rows that were scored on it; or addresses
             model: str | Path | None = None,   # weights, .safetensors, to lie beside it
-            licence: str = "cc0-1.0",          # of the set, as the hub calls licences
+            licence: str = "other",  # of the set, as the hub calls licences: "mit", "cc-by-4.0", ...
             address: str = "",       # where the folder will be: hf://user/name, https://...; for the card
            ) -> Path:                # the folder
     """Write the folder: set.safetensors, set.png, README.md, results/*.json, model.safetensors.
@@ -109,6 +111,7 @@ def publish(path: str | Path,        # of a compressed set, as `save` wrote it; 
     Raises `BadArgument` for a row of another set or a folder that is not empty, `MissingData`, `BrokenFile`,
     `Unwritable`; whatever can be refused is refused before anything is written."""
     folder, source = Path(folder), fetched(path)
+    check(re.fullmatch(r"[a-z0-9.-]+", licence), f"licence must be as the hub writes it, such as mit, got {licence!r}")
     check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
           f"{str(folder)!r} is not empty: give a folder that is not there yet")
     S, sha256 = load_compressed(source), sha256_of(source)

@@ -48,7 +48,9 @@ SCHEMA = {
     "$defs": {"share": _object("mean", "lo", "hi", "per_seed", mean=_PART, lo=_PART, hi=_PART,
                                per_seed={"type": "array", "items": _PART, "minItems": 1})}}
 
-def check_row(row, where: str = "the row") -> dict:   # the row; `where` it comes from, for the message
+def check_row(row,
+              where: str = "the row",   # it comes from: for the message
+             ) -> dict:                 # the same row
     "Raises `BrokenFile`, in a sentence, for what does not fit the schema."
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
@@ -56,6 +58,9 @@ def check_row(row, where: str = "the row") -> dict:   # the row; `where` it come
     place = "".join(f"[{part!r}]" for part in wrong.absolute_path) if wrong else ""
     told = wrong and f"{where} is no row in format {FORMAT}: {place}{' ' * bool(place)}{wrong.message:.150}"
     check(wrong is None, told, BrokenFile)
+    for w in ("std", "rob", "proven"):
+        s = row.get(w, dict(lo=0, mean=0, hi=0))
+        check(s["lo"] <= s["mean"] <= s["hi"], f"{where} has a mean of {w} outside its interval", BrokenFile)
     one = len({len(row["seeds"]), *(len(row[w]["per_seed"]) for w in ("std", "rob"))}) == 1
     check(one, f"{where} has {len(row['seeds'])} seeds, but not as many values in std or rob", BrokenFile)
     return row
@@ -67,7 +72,9 @@ def read_row(path: str | Path) -> dict:
     except ValueError as e: raise BrokenFile(f"{str(path)!r} is no row: it is not JSON ({e})") from None
     return check_row(row, repr(str(path)))
 
-def as_text(row: dict) -> str: return json.dumps(row, indent=1, sort_keys=True) + "\n"
+def as_text(row: dict) -> str:
+    "A row as its file has it."
+    return json.dumps(row, indent=1, sort_keys=True) + "\n"
 
 def write_row(row: dict, path: str | Path) -> Path:
     "Write a row, whole or not at all; the same row gives the same bytes."
@@ -81,12 +88,14 @@ def sha256_of(path: str | Path) -> str:
 
 def share(hits: list,   # of each student: whether an image counts, (N,) bool
          ) -> dict:
+    "An accuracy over students: mean, interval, and the value of each."
     values = [float(np.mean(np.asarray(h))) for h in hits]
     n, mean = len(hits[0]), float(np.mean(values))
     lo, hi = wilson(mean * n, n)
     return dict(mean=mean, lo=lo, hi=hi, per_seed=values)
 
 def versions() -> dict:
+    "Of what a result may depend on."
     return dict(rdd_lib=rdd_lib.__version__, torch=torch.__version__, numpy=np.__version__)
 
 def device_told(device="auto") -> str:
@@ -99,13 +108,16 @@ def row_of(S: ImageSet,       # the compressed set
            file: str,         # where it is: a path from the row's folder, or an address
            sha256: str,       # of its file
            test: ImageSet,    # the images it was judged on
-           seeds: list,
+           seeds: list,       # of the students
            outcomes: list,    # an `Outcome` a student
-           *, student, training, attack, threat,   # what made them
+           *, student,        # its `Net`
+           training,          # its `Trainer`
+           attack,            # the judge
+           threat,            # the judge's
            floors=(),         # a `Sandwich` a student, where something was proven
            doubts=None,       # names of the checks that warned; None: none were made
            asked: dict,       # plain data
-           device: str = "auto",
+           device: str = "auto",   # where it was computed
           ) -> dict:
     "A row, checked."
     story = S.provenance
@@ -133,6 +145,8 @@ def compare_rows(there: dict, here: dict) -> tuple[list[str], list[str], list[st
     return tuple(differences(*(_flat_lists(part(row, names)) for row in (there, here))) for names in kinds)
 
 def _flat_lists(o):
-    "Lists as text, so that they are compared as one thing; where a set lies says nothing of it."
-    if isinstance(o, dict): return {k: _flat_lists(v) for k, v in o.items() if k != "file"}
+    "Lists as text, so that they are compared as one thing; where a set lies and what its folder is called say nothing."
+    if isinstance(o, dict):
+        named = {"file", "name"} if "fingerprint" in o else {"file"}
+        return {k: _flat_lists(v) for k, v in o.items() if k not in named}
     return json.dumps(o) if isinstance(o, list) else o
