@@ -43,7 +43,7 @@ def compress(method: Optional[str] = named("methods", "a method, see `rdd list m
     "Compress a data set into one file, as the method's paper does for this data set and budget."
     from rdd_lib.compressor import find_method
     from rdd_lib.core import describe
-    from rdd_lib.data import data_set, is_path, load
+    from rdd_lib.data import data_set, is_path
     if method is None or data is None: return _what_is_lacking(method)
     short = {"budget": budget, "time_limit": time_limit, "gap": gap}
     source, found = data_set(data, held_out), find_method(method)
@@ -55,7 +55,7 @@ def compress(method: Optional[str] = named("methods", "a method, see `rdd list m
     ipc, total = _number(k, ipc, total, getattr(compressor, "budget", "per_class"))
     out = out or Path(f"{method}-{source.name}-{'ipc' if ipc else budget or 'total'}{ipc or total}.safetensors")
     if is_path(data): typer.echo(f"{source.name}: {source}")
-    images = load(data, "train", size, classes, held_out)
+    images = source.load("train", size, classes)
     _compress(compressor, method, images, dict(ipc=ipc, total=total, seed=seed, device=device), out, film)
 
 def _what_is_lacking(method):

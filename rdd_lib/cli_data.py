@@ -53,11 +53,8 @@ def data(name: str = named("data", "a data set, see `rdd list data`, or a path: 
     if isinstance(found, Own) and (wrong.broken or wrong.leaked): raise typer.Exit(1)
 
 def _draw(found, size, path, per_class):
-    import torch
-    from rdd_lib.data import show_images
+    from rdd_lib.compressed import show_classes
     from rdd_lib.files import atomic
-    images = found.load("train", size)
-    rows = [i[:per_class] for i in images.per_class if len(i)]
-    figure = show_images(images.x[torch.cat(rows)], columns=max(map(len, rows)))
+    figure = show_classes(found.load("train", size), per_class)
     with atomic(path) as tmp: figure.savefig(tmp, format=path.suffix[1:] or "png")
     typer.echo(f"picture in {path}")

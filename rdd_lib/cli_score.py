@@ -11,7 +11,7 @@ import math, os, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from . import data, files
-from .addresses import beside, fetched, is_remote
+from .addresses import beside, fetched, is_remote, sha256_of
 from .attacks.autoattack import attack_of
 from .attacks.threats import Linf, threat_of
 from .attacks.until_broken import fingerprint
@@ -25,7 +25,7 @@ from .evaluation.sandwich import Sandwich
 from .files import WRITERS
 from .models import check_classes, Net
 from .published import load_compressed
-from .sharing.rows import compare_rows, read_row, row_of, sha256_of, write_row
+from .sharing.rows import compare_rows, read_row, row_of, write_row
 from .training.objectives import objective_of
 from .training.trainer import Trainer
 
@@ -114,7 +114,8 @@ def source_of(S, split: str,
         check(S.name in data.DATASETS, f"{S.name!r} is no data set that can be loaded by name: say where its images "
               "are, --data PATH", MissingData)
         return data.load(*data.origin_of(S, split))
-    def part(split): return data.load(where, split, S.shape[-1], list(S.classes), held_out)
+    own = data.data_set(where, held_out)
+    def part(split): return own.load(split, S.shape[-1], list(S.classes))
     told = S.provenance.get("source", {}).get("fingerprint") if hasattr(S, "provenance") else None
     if split == S.split: found = trained = part(split)
     else: found, trained = part(split), part(S.split) if told else None
@@ -313,8 +314,9 @@ def attacked(path: str | Path,       # of the weights
             ) -> Verdicts:
     "Attack the test images of `asked.data` through a model from a file, and say how it fared."
     from rdd_lib.exports import load_weights
-    whole = data.load(asked.data, "test", size, held_out=asked.held_out)
-    train, test = data.load(asked.data, "train", size, held_out=asked.held_out), _test_images(asked, whole)
+    source = data.data_set(asked.data, asked.held_out)
+    train, whole = (source.load(split, size) for split in ("train", "test"))
+    test = _test_images(asked, whole)
     judge, made = asked.judge(whole.name), student_of(net, asked.settings_of("net."))
     left = asked.settings_of("")
     check(not left, f"--set takes net.<name> and attack.<name> here, got {', '.join(left)}")

@@ -1,9 +1,15 @@
 """One thread, no network, the same examples in every run, and a store of its own: what every test here runs under.
 And the networks that attacks are tested on."""
 import os
+import shutil
 import socket
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
@@ -100,6 +106,32 @@ def page(tmp_path):
         finally: sys.modules["__main__"] = main                              # the shell puts its own there
         return folder
     return run
+
+
+@contextmanager
+def served(folder):
+    "The address of a folder that is served on this machine, for the time of the block."
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Playwright's own chromium, or one of this machine; a module's, for while it is open no event loop can start."
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        ours = [playwright.chromium.executable_path,
+                *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]
+        there = next((path for path in ours if path and Path(path).exists()), None)
+        if there is None: pytest.skip("no browser: playwright install chromium, or chromium or Chrome on the PATH")
+        chromium = playwright.chromium.launch(executable_path=there, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 def many(n):

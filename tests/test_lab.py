@@ -70,27 +70,16 @@ def ended(server, seconds=60):
     os.killpg(server.pid, signal.SIGKILL)
 
 
-def browser_of(playwright):
-    "Playwright's own chromium, or one of this machine."
-    ours = [playwright.chromium.executable_path, *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]
-    there = next((path for path in ours if path and Path(path).exists()), None)
-    if there is None: pytest.skip("no browser: playwright install chromium, or chromium or google-chrome on the PATH")
-    return playwright.chromium.launch(executable_path=there, args=["--no-sandbox"])
-
-
 @pytest.fixture
-def tab(tmp_path):
+def tab(browser):
     "A page of a browser; `tab.told` are its errors."
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as playwright:
-        browser = browser_of(playwright)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(WAIT)
-        page.told = []
-        page.on("console", lambda m: page.told.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: page.told.append(str(error)))
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(WAIT)
+    page.told = []
+    page.on("console", lambda m: page.told.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: page.told.append(str(error)))
+    yield page
+    page.close()
 
 
 def opened(tab, address):

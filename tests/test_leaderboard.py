@@ -2,27 +2,24 @@
 
 `make test` reads the page; the browser belongs to `make test-all`."""
 import base64
-import functools
 import hashlib
-import http.server
 import json
 import os
 import re
 import shutil
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FULL
+from conftest import FULL, served
+from rdd_lib.addresses import sha256_of
 from rdd_lib.core import BadArgument, BrokenFile, MissingData
 from rdd_lib.sharing.leaderboard import COLUMNS, leaderboard
 from rdd_lib.sharing.ranks import ranked
-from rdd_lib.sharing.rows import FORMAT, read_row, sha256_of, share, write_row
+from rdd_lib.sharing.rows import FORMAT, read_row, share, write_row
 
 full = pytest.mark.skipif(not FULL, reason="opens the page in a browser; RDD_TESTS=full")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def row(alive=50, method="Herding", ipc=2, train="Standard", eps=.1, data="digits", fingerprint="f", **more):
@@ -291,23 +288,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(site):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None: pytest.skip("needs chromium or google-chrome")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with served(site) as address: yield address
 
 
 @pytest.fixture

@@ -2,20 +2,16 @@
 
 `make test` looks at the prepared sources; the build and the browser belong to `make test-all`."""
 import fcntl
-import functools
-import http.server
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import pytest
-from conftest import FULL
+from conftest import FULL, served
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -24,7 +20,6 @@ import prepare  # noqa: E402
 import site_map  # noqa: E402
 
 full = pytest.mark.skipif(not FULL, reason="builds the site; RDD_TESTS=full")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # One page of each kind.
 KINDS = ("index.html", "learn/index.html", "learn/own.html", "learn/attacks/23_pgd.html", "papers/mcs/table1.html",
          "papers/mcs/index.html", "api/covering.k_center.html", "results.html", "contributing.html")
@@ -203,24 +198,7 @@ def test_the_reference_has_parameters_and_what_is_returned(site):
 
 @pytest.fixture(scope="module")
 def address(site):
-    "The site, served on this machine."
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None: pytest.skip("needs chromium or google-chrome")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with served(site) as address: yield address
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 from rdd_lib import find_method, load, load_compressed, save
 from rdd_lib.cli_score import Asked, scored
-from rdd_lib.sharing.rows import sha256_of, write_row
+from rdd_lib.addresses import sha256_of
+from rdd_lib.sharing.rows import write_row
 
 ROWS = Path(__file__).parent / "rows"
 DATA, BUDGETS, ALL = "mnist5k", (1, 10), 400                       # ALL: images a class that there are

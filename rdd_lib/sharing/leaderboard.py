@@ -19,7 +19,8 @@ from ..files import atomic
 from .names import (aliases, attack_told, heading, method_told, objective_told, safe_link, student_told,
                                    threat_told, told_apart)
 from .ranks import budget_of, comparable, hits_of, Place, ranked, reference
-from .rows import read_row, sha256_of
+from ..addresses import sha256_of
+from .rows import read_row
 
 # %% ../../nbs/sharing/93_leaderboard.ipynb #ed150282
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ __all__ = ['PICTURE', 'card', 'publish']
 # %% ../../nbs/sharing/91_publish.ipynb #256b9058
 import json, re, shutil
 from pathlib import Path
-from ..addresses import beside, fetched
+from ..addresses import beside, fetched, sha256_of
 from ..core import check, digest
 from ..data import DATASETS
 from ..files import atomic, read_by, writing
 from ..published import load_compressed
-from .rows import as_text, read_row, sha256_of
+from .rows import as_text, read_row
 
 # %% ../../nbs/sharing/91_publish.ipynb #ad7dbcc9
 PICTURE = "set.png"
