@@ -12,6 +12,7 @@ from ..core import MissingData
 from .cells import dataset, made, sets_of
 from .figures import compared, save_figure
 from .grid import run_grid
+from .orders import Orders
 from .tables import published, save_table, with_earlier
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e0607
@@ -69,8 +70,10 @@ class Page:
            ) -> list[dict]:        # as of `run_grid`
         "Run a grid."
         cells = [c if isinstance(c, dict) else c[-1] for c in cells]
-        executor = "serial" if self.workers == 1 else "processes"
-        how = dict(executor=executor, workers=self.workers or None, threads=self.threads, resume=self.resume)
+        orders = Orders.current()
+        executor = orders.executor or ("serial" if self.workers == 1 else "processes")
+        how = dict(executor=executor, workers=orders.workers or self.workers or None, threads=self.threads,
+                   resume=self.resume)
         if sets: run_grid(sets_of(cells), made, **how)
         return run_grid(cells, fn, **how)
 

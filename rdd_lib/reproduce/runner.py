@@ -16,6 +16,7 @@ from ..core import BrokenFile, MissingData, RddError, check, lookup, typed
 from ..extras import needed
 from ..files import atomic, writing
 from .figures import of_256_colours
+from .orders import Orders
 from .tables import papers_folder
 
 # %% ../../nbs/reproduce/87_runner.ipynb #32782907
@@ -172,6 +173,7 @@ def reproduce(item: str,                           # '<paper>/<name>' as `items`
               figures: str | Path = "figures",     # results go to <figures>/<profile>/<paper>/
               resume: bool = True,                 # False: compute finished cells again
               kernel: str | None = None,           # a Jupyter kernel; None: the running interpreter
+             orders: Orders | None = None,        # how the cells of the grids are run; None: as the page says
              ) -> list[Path]:                      # the executed notebooks
     """Runs paper notebooks; each leaves its tables, figures and itself, executed, in <figures>/<profile>/<paper>.
 
@@ -186,7 +188,8 @@ def reproduce(item: str,                           # '<paper>/<name>' as `items`
         jobs.append((i, _parameters(i, profile, settings or {}, out, resume)))
     done, failed = [], []
     for i, parameters in jobs:
-        try: done.append(_run(i, parameters, kernel, figures))
+        try:
+            with (orders or Orders.current()).given(): done.append(_run(i, parameters, kernel, figures))
         except ReproductionFailed as e:
             if len(jobs) == 1: raise
             logging.getLogger(__name__).error(str(e))
