@@ -57,6 +57,11 @@ class Compressor:
     def unlabelled(self) -> "Compressor | None":
         "The method of the images alone, where this one gives them labels of views; `compress(images=)` takes its set."
 
+    @property
+    def ingredients(self) -> tuple:
+        "What it makes on its way and other methods may need too: kept on disk, each is called with data and a device."
+        return ()
+
     def counts(self, data: ImageSet, ipc: int | None = None, total: int | None = None) -> list[int]:
         "How many images each class gets: `budget`, unless a method knows better."
         return budget(data, ipc, total)

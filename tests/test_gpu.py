@@ -30,13 +30,15 @@ from rdd_lib.data import ImageSet, load, sample, show_images
 from rdd_lib.distill.experts import Experts
 from rdd_lib.training.unrolled import flatten, functional, unroll
 from rdd_lib.models import Net, build, statistics
-from rdd_lib.reproduce import executors
+from rdd_lib.reproduce import executors, pools
+from rdd_lib.reproduce.jobs import Job
+from rdd_lib.reproduce.orders import Orders
 from rdd_lib.cli import app
 from rdd_lib.reproduce.guard import Condensed, robustness, three_attacks
 from rdd_lib.reproduce.proposition1 import bound_terms
 from rdd_lib.reproduce.mcs import TwoNorms, three_scores
 from rdd_lib.reproduce.cells import Protocol, score
-from rdd_lib.reproduce.store import CellKey, device_used
+from rdd_lib.reproduce.store import device_used
 from rdd_lib.attacks.pgd import APGD, PGD
 from rdd_lib.attacks.until_broken import attack_until_broken
 from rdd_lib.attacks.walk import ATTACKS
@@ -542,17 +544,18 @@ def test_batches_suit_the_device(gpu, test, model, monkeypatch):
 
 def cell(n, device="auto"): return n
 
-def test_a_worker_for_each_gpu(gpu, tmp_path, monkeypatch):
-    asked = []
+def test_a_worker_for_each_gpu(gpu, monkeypatch):
+    "Never one a core. A GPU that is shared has several."
     monkeypatch.setattr(executors, "cores", lambda: 16)
-    monkeypatch.setattr(executors, "_processes", lambda workers, threads: asked.append((workers, threads)))
-    def ask(*devices, workers=None):
-        cells = [dict(n=n, device=d) for n in range(8) for d in devices]
-        executors.pool_for("processes", cell, [(CellKey.of(cell, **c), c) for c in cells], workers)
-        return asked.pop()
-    monkeypatch.setattr(executors, "_check_importable", lambda fn, cell: pickle.dumps(cell))
-    assert ask("cuda") == ask("auto") == ask("cuda", "cuda:0") == (1, 16)
-    assert ask("cuda:0", "cuda:1") == (2, 8) and ask("cuda", workers=4) == (4, 4) and ask("cpu") == (8, 2)
+    monkeypatch.setattr(pools, "processes", lambda *asked: asked[:3])
+    monkeypatch.setattr(pools, "check_importable", lambda fn, cell, executor: pickle.dumps(cell))
+    gpus = executors.visible_gpus()
+    def ask(*devices, workers=None, share=1):
+        jobs = [Job.of(cell, dict(n=n, device=d)) for n in range(8) for d in devices]
+        return pools.pool_for("processes", jobs, workers, orders=Orders(share=share))
+    n = len(gpus)
+    assert ask("cuda") == ask("auto") == (n, 16 // n, gpus) and ask("cuda", share=2)[0] == 2 * n
+    assert ask("cuda:0", "cuda:1") == (2, 8, None) and ask("cuda", workers=4)[0] == 4 and ask("cpu") == (8, 2, None)
 
 
 def test_what_a_cell_ran_on(gpu):

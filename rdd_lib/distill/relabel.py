@@ -18,7 +18,7 @@ from ..coresets.random import Random
 from ..data import as_bytes, ImageSet, pixels
 from ..files import Checkpoint
 from ..models import keep_heap, Net, sent
-from ..training.squeeze import Squeeze
+from ..training.squeeze import Squeeze, Teacher
 from ..training.trainer import Trainer
 from ..view_labels import answers, rounded, sizes_of, STORES, STUDENT, ViewLabels
 from ..views import Views
@@ -102,6 +102,9 @@ class Relabelled(Compressor):
 
     @property
     def unlabelled(self): return self.images
+
+    @property
+    def ingredients(self): return (Teacher(self.squeeze, self.net),)
 
     def counts(self, data, ipc=None, total=None): return self.images.counts(data, ipc, total)
 

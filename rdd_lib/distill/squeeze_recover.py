@@ -17,7 +17,7 @@ from .relabel import as_made, Relabel, relabelled
 from .synthetic import Distiller, first_images
 from ..models import frozen, Net
 from ..training.curvature import losses_at
-from ..training.squeeze import Squeeze
+from ..training.squeeze import Squeeze, Teacher
 from ..views import Views
 
 # %% ../../nbs/distill/79_squeeze_recover.ipynb #368eab77
@@ -145,6 +145,9 @@ class SqueezeRecover(Distiller):
 
     @property
     def unlabelled(self): return None if self.relabel is None else replace(self, relabel=None)
+
+    @property
+    def ingredients(self): return (Teacher(self.squeezed, self.net),)
 
     def make(self, data, counts, seed, device,
              checkpoint=None,      # of the recovery; that of the relabelling lies beside it

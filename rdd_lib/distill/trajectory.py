@@ -14,7 +14,7 @@ from torch import Tensor
 from ..augmentation import Siamese
 from ..compressor import method
 from ..core import check, check_one_of, check_whole, later, lookup
-from .experts import Experts
+from .experts import Experts, Trained
 from .synthetic import Distiller
 from ..models import eval_mode, Net, sent
 from ..views import batch_sizes
@@ -117,6 +117,9 @@ class TrajectoryMatching(Distiller):
 
     @property
     def last_epoch(self) -> int: return self.max_start - 1 + self.expert_epochs       # that is ever read
+
+    @property
+    def ingredients(self): return (Trained(self.experts, self.net, self.last_epoch),)
 
     def shown(self, counts):
         return {f"batch_syn={self.batch_syn}": batch_sizes(sum(counts), self.batch_syn or sum(counts))}

@@ -22,7 +22,7 @@ from ..distill.generative import STUDENT
 from ..distill.gradient import GradientMatching
 from ..evaluation.comparison import compare
 from ..models import Net, STATS
-from .cells import judged, READINGS, set_and_test, students, survivors
+from .cells import judged, needs_set, READINGS, set_and_test, students, survivors
 from .store import cell
 from .tables import standings
 from ..training.objectives import Adversarial
@@ -82,7 +82,7 @@ class Condensed:
             check(name not in KEPT, f"an attack cannot be called {name!r}: a cell returns something else by that name")
 
 # %% ../../nbs/reproduce/89_guard.ipynb #ded03d42
-@cell("rdd_lib.reproduce.condensed.robustness")
+@cell("rdd_lib.reproduce.condensed.robustness", needs=needs_set)
 def robustness(data: str,                   # name of the data set
                method: Compressor | None,   # None: the whole training set
                ipc: int | None,             # images per class; None with no method

@@ -27,7 +27,7 @@ from ..distill.experts import Experts
 from ..distill.gradient import GradientMatching
 from ..distill.trajectory import paper_settings, TrajectoryMatching
 from ..models import Net, STATS
-from .cells import dataset, judged, Protocol, READINGS, Row, set_and_test, students
+from .cells import dataset, judged, needs_set, Protocol, READINGS, Row, set_and_test, students
 from .store import cell
 from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer
@@ -178,7 +178,7 @@ def as_weighted(trainer: Trainer,
     return replace(trainer, lr=trainer.lr * c, weight_decay=trainer.weight_decay / c, weighted=weighting != "equal")
 
 # %% ../../nbs/reproduce/88_mcs.ipynb #8f3bbb05
-@cell("rdd_lib.reproduce.curves.three_scores")
+@cell("rdd_lib.reproduce.curves.three_scores", needs=needs_set)
 def three_scores(data: str,                  # name of the data set
                  method,                     # a `Compressor`; None: the whole training set
                  ipc: int | None,            # images per class; None with no method

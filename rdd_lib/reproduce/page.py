@@ -73,7 +73,7 @@ class Page:
         orders = Orders.current()
         executor = orders.executor or ("serial" if self.workers == 1 else "processes")
         how = dict(executor=executor, workers=orders.workers or self.workers or None, threads=self.threads,
-                   resume=self.resume)
+                   resume=self.resume, on_error="later" if orders.keep_going else "raise")
         if sets: run_grid(sets_of(cells), made, **how)
         return run_grid(cells, fn, **how)
 

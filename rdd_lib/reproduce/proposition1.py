@@ -15,7 +15,7 @@ from ..data import ImageSet, sample
 from ..evaluation.landscape import curvature_of, plain_loss
 from ..evaluation.outcome import evaluate
 from ..models import Net
-from .cells import compressed, dataset
+from .cells import compressed, dataset, needs_set
 from .store import cell
 from ..training.trainer import predict, Trainer
 
@@ -63,7 +63,10 @@ def feature_distances(model,
     return {k: torch.stack(v) for k, v in out.items()}
 
 # %% ../../nbs/reproduce/894_proposition1.ipynb #03050f3d
-@cell("rdd_lib.reproduce.condensed.bound_terms")
+def _sets_first(data, sets=None, ipc=None, device="auto", **others):
+    return [need for method in (sets or {}).values() for need in needs_set(data, method, ipc, device=device)]
+
+@cell("rdd_lib.reproduce.condensed.bound_terms", needs=_sets_first)
 def bound_terms(data: str,
                 net: Net,
                 trainer: Trainer,           # its objective: Standard(), Curvature(...)

@@ -19,12 +19,12 @@ from ..evaluation.outcome import evaluate
 from ..data import sample
 from ..intervals import wilson
 from ..models import Net
-from .cells import compressed, dataset, packed, survivors
+from .cells import compressed, dataset, packed, prepared, survivors
 from .guard import Condensed, robustness, students_of, tests_against
 from .page import Page
 from .store import cell
 from .tables import summary
-from ..training.squeeze import Squeeze
+from ..training.squeeze import Squeeze, Teacher
 from ..training.trainer import Trainer
 
 # %% ../../nbs/reproduce/892_squeezed.ipynb #7f3849a9
@@ -104,7 +104,10 @@ def _seeded(squeeze, k):
     return replace(squeeze, seed=k, after=squeeze.after and _seeded(squeeze.after, k))
 
 # %% ../../nbs/reproduce/892_squeezed.ipynb #c7021e88
-@cell("squeeze.robustness")
+def _teacher_first(data, squeeze, net, device="auto", **others):
+    return [(prepared, dict(data=data, what=Teacher(squeeze, net), device=device))]
+
+@cell("squeeze.robustness", needs=_teacher_first)
 def teacher_robustness(data: str,          # as `cells.dataset` reads it
                        squeeze: Squeeze,
                        net: Net,

@@ -9,6 +9,7 @@ __all__ = ['RESULTS_VERSION', 'cell', 'function_name', 'CellKey', 'versions', 'd
 import hashlib, inspect, json
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
+from functools import cache, cached_property
 from math import isfinite
 from pathlib import Path
 import numpy as np
@@ -20,12 +21,17 @@ from ..files import atomic, kept, require_writable, set_aside, unasked
 RESULTS_VERSION = "1"                    # raise it when a change of the library changes numbers
 
 # %% ../../nbs/reproduce/80_store.ipynb #e1ddea5d
-def cell(name: str):                     # what its results are filed under, for good
+def cell(name: str,                      # what its results are filed under, for good
+         needs=None,                     # (arguments of a cell) -> [(function, arguments)]: cells that come first
+         leaves_files: bool = False,     # it is computed for what it leaves beside the store, which others read
+        ):
     "A decorator: a function whose results are found again wherever its module moves to."
     check(isinstance(name, str) and name, f"name must be a string, got {name!r}")
 
     def named(fn):
         fn.cell_name = name
+        if needs: fn.needs = needs
+        fn.leaves_files = leaves_files
         return fn
     return named
 
@@ -59,7 +65,7 @@ class CellKey:
     arguments: dict                      # described: plain data, defaults included
     version: str = RESULTS_VERSION
 
-    @property
+    @cached_property
     def digest(self) -> str: return digest([self.function, self.arguments, self.version])
 
     @property
@@ -98,13 +104,17 @@ def _decode(o):
     return float(o["~float"]) if o.keys() == {"~float"} else o
 
 # %% ../../nbs/reproduce/80_store.ipynb #e985c9fd
-def versions() -> dict:
-    "The versions a result is written down with."
+@cache
+def _versions():
     from importlib.metadata import PackageNotFoundError, version
     from platform import python_version
     try: own = version("rdd_lib")
     except PackageNotFoundError: own = "unknown"
     return {"python": python_version(), "torch": str(torch.__version__), "numpy": np.__version__, "rdd_lib": own}
+
+def versions() -> dict:
+    "The versions a result is written down with."
+    return dict(_versions())
 
 def device_used(**arguments) -> str:
     "What a cell ran on: the device it names, else the GPU if this process has touched one, else the CPU."
