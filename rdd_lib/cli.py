@@ -10,10 +10,10 @@ import json, re, sys, time, warnings
 from pathlib import Path
 from typing import Optional
 import typer
-from . import cli_data, cli_list, cli_reproduce, cli_share          # which enter their commands
+from . import cli_data, cli_list, cli_reproduce, cli_share, cli_work          # which enter their commands
 from .cli_app import app, device, examples, file_out, named, parse_settings, setting, size, split
 
-__all__ = ["app", "main", "cli_data", "cli_list", "cli_reproduce", "cli_share"]
+__all__ = ["app", "main", "cli_data", "cli_list", "cli_reproduce", "cli_share", "cli_work"]
 
 # %% ../nbs/97_cli.ipynb #8a66dd51
 @app.command(epilog=examples("compress"))

@@ -34,6 +34,8 @@ EPILOG = {
              "rdd show mcs.safetensors --picture mcs.png"],
     "reproduce": ["rdd reproduce mcs/fig2 --profile smoke", "rdd reproduce all --profile cpu",
                   "rdd reproduce mcs/fig1 --set k=20"],
+    "status": ["rdd status", "rdd status /shared/cells --json"],
+    "cluster": ["rdd cluster", "rdd cluster slurm --show", "rdd cluster slurm --show --settings cluster.toml"],
     "attack": ["rdd attack model.safetensors --net resnet18 --data cifar10 --attack standard",
                "rdd attack model.pt --net convnet --set net.settings.width=64 --data ./my_images --size 64 --diagnose",
                "rdd attack model.safetensors --net mlp --data mnist5k --set attack.steps=50 --certify -o images.csv"],

@@ -93,7 +93,7 @@ def test_a_cell_that_kills_each_worker_fails_and_the_others_go_on(store, log):
     rows = run(cells, odd, store, "processes", on_error="record")
     assert squares(rows) == [0, None, 4, 9] and "died" in rows[1]["error"] and begun(log).count(1) == 2
     told, = failures(Work(store.folder)).values()
-    assert "i=1" in told["cell"] and "memory" in told["error"]
+    assert "i=1" in told["what"] and "memory" in told["error"]
     assert noted_runs(Work(store.folder))[-1]["ended"].startswith("3 computed, 1 failed")
 
 
@@ -192,7 +192,8 @@ def test_nothing_can_be_written(tmp_path, log):
 def test_parts_join_in_the_store(store, log):
     cells = product(i=range(20), log=log, seconds=0.)
     for part in ("3/3", "1/3"):
-        with pytest.raises(PartMissing, match="lacking: parts .*2/3"): run(cells, square, store, "serial", Orders(part=part))
+        with pytest.raises(PartMissing, match="lacking: parts .*2/3"):
+            run(cells, square, store, "serial", Orders(part=part))
     rows = run(cells, square, store, "serial", Orders(part="2/3"))
     assert squares(rows) == right(20) and sorted(begun(log)) == list(range(20))
     assert ended(log) == set(range(20))

@@ -3,6 +3,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from rdd_lib.files import atomic, kept
+from rdd_lib.reproduce.store import cell
 
 
 def _say(log, *words):
@@ -38,3 +40,14 @@ def begun(log) -> list[int]:
 
 def ended(log) -> set[int]:
     return {int(line.split()[1]) for line in Path(log).read_text().splitlines() if line.startswith("end")}
+
+
+@cell("tests.toy.a_set", leaves_files=True)
+def a_set(n, log):
+    _say(log, "begin", n)
+    with atomic(kept("compressed") / f"{n}.safetensors") as tmp: tmp.write_text(f"set {n}")
+    return n
+
+
+@cell("tests.toy.student", needs=lambda n, seed, log: [(a_set, {"n": n, "log": log})])
+def student(n, seed, log): return f"{(kept('compressed') / f'{n}.safetensors').read_text()}, student {seed}"

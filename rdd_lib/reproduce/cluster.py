@@ -7,7 +7,7 @@ __all__ = ['SCHEDULERS', 'LATE', 'PATIENCE', 'LOST', 'Cluster', 'read_clusters',
            'watched', 'DaskPool', 'SchedulerGone', 'dask_pool']
 
 # %% ../../nbs/reproduce/8185_cluster.ipynb #530931a3
-import os, re, sys, threading, time
+import logging, os, re, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -141,7 +141,7 @@ class DaskPool:
     hands_on = True
 
     def __init__(self, client, limit, prepare):
-        self.limit, self.prepare, self.late, self.sent = limit, prepare, set(), {}
+        self.limit, self.prepare, self.late, self.sent, self.suspects = limit, prepare, set(), {}, set()
         self._use(client)
 
     def _use(self, client):
@@ -152,12 +152,12 @@ class DaskPool:
     def _is_late(self, event):
         from distributed import Future
         self.late.add(event[1])
-        self.client.cancel([Future(event[1], client=self.client)], force=True, asynchronous=True)
+        return self.client.cancel([Future(event[1], client=self.client)], force=True, asynchronous=True)   # awaited
 
     def submit(self, fn, job, errand, *parcels):
         from distributed import fire_and_forget
         n = self.sent[job.digest] = self.sent.get(job.digest, -1) + 1
-        name = f"{job.key.file.split('-')[0]}-{job.digest}-{n}" + errand.run * errand.fresh
+        name = f"{job.name}{errand.run * errand.fresh}-{n}"
         future = self.client.submit(watched, self.limit, fn, job, errand, *parcels, key=name, pure=False)
         fire_and_forget(future)
         return future
@@ -165,11 +165,18 @@ class DaskPool:
     def why(self, future, error):
         "What a future's error means; None: hand the cell out again."
         from distributed import KilledWorker
+        if future.client is not self.client: return None                        # of a scheduler that is gone
         if future.key in self.late: return too_long(self.limit)
-        if isinstance(error, KilledWorker): return WorkerDied(DIED)
+        if isinstance(error, KilledWorker): return self._killed(future)
         if type(error).__name__ not in LOST: return error
-        if future.client is self.client and self.client.status != "running": self._again()
+        if self.client.status != "running": self._again()
         return None
+
+    def _killed(self, future):
+        "Whatever waited at a worker that died is suspected by Dask: once more, so that the innocent go free."
+        name = future.key.rpartition("-")[0]
+        if name in self.suspects: return WorkerDied(DIED)
+        self.suspects.add(name)
 
     def _again(self):
         "Another client to the same address, as soon as a scheduler answers there."
@@ -199,10 +206,11 @@ def dask_pool(orders: Orders,
     "A `DaskPool` on what the orders name. What is started here ends here; a scheduler at an address stays."
     distributed = needed("distributed", "cluster", "executor='dask'")
     import dask
-    with dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1, "distributed.worker.daemon": True}):
+    with dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1,
+                          "distributed.scheduler.worker-saturation": 1.}):          # what waits, waits at the scheduler
         if orders.cluster == "local":
             workers, threads = split_cores(n, workers or on_gpus, threads)
-            how = dict(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
+            how = dict(n_workers=workers, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL)
             with capped(threads), distributed.LocalCluster(**how) as made:
                 with _pool_of(made, orders, threads, bool(on_gpus)) as pool: yield pool
         elif ":" in orders.cluster:
@@ -220,5 +228,6 @@ def _pool_of(where, orders, threads, one_gpu):
     try: client = distributed.Client(where, timeout=30, set_as_default=False)
     except (OSError, TimeoutError) as e: raise SchedulerGone(f"no scheduler answers at {where!r}: {e}") from None
     pool = DaskPool(client, orders.limit, prepare_worker(threads, one_gpu))
+    logging.getLogger(__name__).warning("Dask's dashboard: %s", pool.dashboard)
     try: yield pool
     finally: pool.client.close()

@@ -139,7 +139,9 @@ def _all_failed(run, tally):
 
 class _Shown:
     "The bar and the note of a run."
-    def __init__(self, bar, note, total): self.bar, self.note, self.left, self.last = bar, note, total, 0.
+    def __init__(self, bar, note, total):
+        self.bar, self.note, self.left = bar, note, total
+        self.last, self.asked, self.at = 0., float("-inf"), {}
 
     def each(self, job, tally):
         self.bar.update()
@@ -152,4 +154,13 @@ class _Shown:
         self.last = now
         self.note.say(**vars(tally))
         more = {k: v for k in ("stored", "elsewhere", "failed", "again") if (v := getattr(tally, k)) or k == "stored"}
-        self.bar.set_postfix(more)
+        self.bar.set_postfix(more | self._where())
+
+    def _where(self):
+        "How many cells each machine is at, where there are several; looked up every ten seconds."
+        now = time.monotonic()
+        if now - self.asked > 10:
+            self.asked = now
+            at = Counter(told["host"] for told in self.note.work.claims().values())
+            self.at = {"at": " ".join(f"{host}:{n}" for host, n in sorted(at.items()))} if len(at) > 1 else {}
+        return self.at

@@ -34,6 +34,9 @@ class Job:
     @property
     def digest(self) -> str: return self.key.digest
 
+    @property
+    def name(self) -> str: return self.key.file.removesuffix(".json")
+
     def __str__(self): return ", ".join(f"{k}={v!r}" for k, v in self.cell.items()) or "without arguments"
 
 # %% ../../nbs/reproduce/816_jobs.ipynb #4ca452df
@@ -131,13 +134,13 @@ def work(job: Job, errand: Errand,
 def _at_the_store(job, errand):
     if kept("cells").absolute() != errand.kept: os.environ["RDD_STORE"] = str(errand.kept)
     store, work = CellStore(errand.store), Work(errand.store)
-    with work.claimed(job.key.file, errand.run, cell=str(job)[:500]) as holder:
+    with work.claimed(job.name, errand.run, what=str(job)[:500]) as holder:
         if holder: return Done(holder=holder)
         found = _NOTHING if errand.fresh else store.get(job.key, _NOTHING)
         if found is not _NOTHING: return Done(found, stored=True)
         result, about = timed(job.fn, job.cell)
         done = Done(store.put(job.key, result, **about), about, stored=True)
-    forget_failure(work, job.key.file)
+    forget_failure(work, job.name)
     return done
 
 # %% ../../nbs/reproduce/816_jobs.ipynb #9360f495

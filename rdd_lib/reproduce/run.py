@@ -140,8 +140,8 @@ class Run:
         job, told = self.jobs[digest], what(error)
         self.tally.failed += 1
         self.errors[digest] = error
-        note = {"function": job.key.function, "cell": str(job), "error": told, "run": self.errand.run}
-        note_failure(Work(self.store.folder), job.key.file, note | {"traceback": traceback.format_exception(error)})
+        note = {"function": job.key.function, "what": str(job), "error": told, "run": self.errand.run}
+        note_failure(Work(self.store.folder), job.name, note | {"traceback": traceback.format_exception(error)})
         if not self.keep_going: raise CellError(f"the cell {job} failed: {told}") from error
         self._next(digest)
 

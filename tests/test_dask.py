@@ -1,0 +1,136 @@
+"""Cells on Dask: a scheduler and two nodes as separate processes. Workers, nodes, scheduler and driver are lost, and no
+result is; at most the cells in flight are done twice. `make test-all` does the long one twenty times, and longer."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+import pytest
+from conftest import FULL
+from rdd_lib.reproduce.executors import TookTooLong
+from rdd_lib.reproduce.grid import product, run_grid
+from rdd_lib.reproduce.orders import Orders
+from rdd_lib.reproduce.store import CellStore
+from rdd_lib.reproduce.work import Work, noted_runs
+from test_failures import begun, gone, pids, python, right, squares, until
+from toy_cells import odd, square, student
+
+pytest.importorskip("distributed")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
+DASK = [sys.executable, "-m", "distributed.cli.dask_scheduler"], [sys.executable, "-m", "distributed.cli.dask_worker"]
+
+
+class Machines:
+    "A scheduler and nodes, each a process of its own."
+    def __init__(self, folder, preload=None, **env):
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        settings = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "3", "PYTHONPATH": path}
+        self.folder, self.preload, self.env, self.nodes = folder, preload, os.environ | settings | env, []
+        self.port = random.Random(os.getpid() + time.time_ns()).randrange(20_000, 60_000)
+        self.start()
+
+    @property
+    def address(self): return f"tcp://127.0.0.1:{self.port}"
+
+    def _run(self, words):
+        return subprocess.Popen(words, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def start(self):
+        where = ["--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard"]
+        self.scheduler = self._run([*DASK[0], *where])
+
+    def node(self):
+        n = len(self.nodes)
+        words = [*DASK[1], self.address, "--nthreads", "1", "--name", str(n), "--no-dashboard", "--nanny",
+                 "--local-directory", str(self.folder / f"node{n}"), "--death-timeout", "120"]
+        self.nodes.append(self._run(words + (["--preload", str(self.preload)] if self.preload else [])))
+        return self.nodes[-1]
+
+    def stop(self):
+        for p in (*self.nodes, self.scheduler):
+            if p.poll() is None: p.terminate()
+        for p in (*self.nodes, self.scheduler):
+            try: p.wait(10)
+            except subprocess.TimeoutExpired: p.kill()
+
+
+@contextmanager
+def machines(folder, nodes=2, **how):
+    made = Machines(folder, **how)
+    try:
+        for _ in range(nodes): made.node()
+        yield made
+    finally: made.stop()
+
+
+def dask_driver(store, log, address, n, seconds=.3):
+    return python(f"""
+        from rdd_lib.reproduce.orders import Orders
+        cells = product(i=range({n}), log=log, seconds={seconds})
+        run_grid(cells, square, store, "dask", progress=False, orders=Orders(cluster={address!r}))""", store, log)
+
+
+@pytest.mark.parametrize("seed", range(20 if FULL else 1))
+def test_a_worker_a_node_and_the_driver_are_killed(tmp_path, seed):
+    n, chance = 30 if FULL else 12, random.Random(seed)
+    moments = sorted(chance.sample(range(2, n - 3), 3))
+    store, log = CellStore(tmp_path / "cells"), str(tmp_path / "log")
+    with machines(tmp_path) as there:
+        first = dask_driver(store, log, there.address, n)
+        until(lambda: len(store) >= moments[0], 120)
+        os.kill(chance.choice(sorted(pids(log))), signal.SIGKILL)             # a worker: its nanny starts another
+        until(lambda: len(store) >= moments[1], 120)
+        there.nodes[0].kill()                                                        # a node goes, worker and all
+        until(lambda: len(store) >= moments[2], 120)
+        first.kill()
+        first.wait()
+        there.node()
+        rows = run_grid(product(i=range(n), log=log, seconds=.3), square, store, "dask", progress=False,
+                        orders=Orders(cluster=there.address))
+    print(f"seed {seed}: killed after {moments} of {n}; begun {len(begun(log))}")
+    assert squares(rows) == right(n) and len(store) == n
+    assert len(begun(log)) <= n + 2 + 2            # a worker's cell, a node's, and what the driver's end had in flight
+
+
+def test_the_scheduler_goes_and_comes_back(tmp_path):
+    store, log = CellStore(tmp_path / "cells"), str(tmp_path / "log")
+    with machines(tmp_path, nodes=1) as there:
+        run = dask_driver(store, log, there.address, 8)
+        until(lambda: len(store) >= 3, 120)
+        there.scheduler.kill()
+        there.scheduler.wait()
+        there.nodes[0].kill()
+        there.start()
+        there.node()
+        assert run.wait(180) == 0
+    assert len(store) == 8 and len(begun(log)) <= 8 + 1
+
+
+def test_a_cell_that_hangs_or_kills_and_the_others_go_on(tmp_path):
+    "And no worker is left behind by a cluster that was started for the run."
+    store, log = CellStore(tmp_path / "cells"), str(tmp_path / "log")
+    rows = run_grid(product(i=range(4), log=log, bad=1, how="hangs"), odd, store, "dask", progress=False, workers=2,
+                    threads=1, on_error="record", orders=Orders(limit=3.))
+    assert squares(rows) == [0, None, 4, 9] and str(TookTooLong("limit of 3")) in rows[1]["error"]
+    rows = run_grid(product(i=range(4), log=log, bad=1, how="dies"), odd, store, "dask", progress=False, workers=2,
+                    threads=1, on_error="record")
+    assert squares(rows) == [0, None, 4, 9] and "died" in rows[1]["error"] and begun(log).count(1) <= 1 + 4
+    until(lambda: all(map(gone, pids(log) - {os.getpid()})), 30)
+
+
+def test_without_a_common_folder_results_and_files_travel(tmp_path):
+    "Both nodes have folders of their own, and do not see the driver's."
+    preload = tmp_path / "preload.py"
+    preload.write_text("import os, tempfile; from pathlib import Path; from rdd_lib.reproduce.jobs import Errand\n"
+                       "Errand.token = property(lambda errand: Path('/nowhere'))\n"
+                       "os.environ['RDD_STORE'] = tempfile.mkdtemp() + '/cells'\n")
+    store, log = CellStore(tmp_path / "cells"), str(tmp_path / "log")
+    with machines(tmp_path, preload=preload) as there:
+        cells, orders = product(n=7, seed=range(6), log=log), Orders(cluster=there.address)
+        rows = run_grid(cells, student, store, "dask", progress=False, orders=orders)
+    assert [r["result"] for r in rows] == [f"set 7, student {s}" for s in range(6)]
+    assert begun(log).count(7) == 1 and len(store) == 7                     # the set was made once, by one of the nodes
+    assert noted_runs(Work(store.folder))[-1]["ended"].startswith("7 computed")
