@@ -8,12 +8,12 @@ __all__ = ['NotYet', 'Grid', 'Foreseen', 'foresee']
 # %% ../../nbs/reproduce/873_foreseen.ipynb #fdae2ed9
 import ast, builtins, dis, importlib, io
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from ..core import digest, MissingData
 from .cells import made, sets_of
 from .grid import run_grid
-from .index import Listing
+from .index import Listing, SEEDS
 from .page import PLANNING
 from .runner import _cells, Item
 from .store import CellKey, CellStore
@@ -164,7 +164,7 @@ class Foreseen:
 
     def _grid(self, fn, cells, labels):
         labels = [label or _usual(fn, c) for label, c in zip(labels, cells)]
-        keys = [CellKey.of(fn, **c) for c in cells]
+        keys = [*_keys(fn, cells)]
         grid = Grid(fn, cells, labels, keys, [key.file for key in keys])
         self.grids.append(grid)
         self.data |= {c["data"]: True for c in cells if isinstance(c.get("data"), str)}
@@ -175,6 +175,15 @@ def _label(cell):
     front = () if isinstance(cell, dict) else cell[:-1]
     rows = [part.label for part in front if hasattr(part, "label")]
     return (rows or [part for part in front if isinstance(part, str)] or [None])[-1]
+
+def _keys(fn, cells):
+    "`CellKey.of` each; of cells that share all but their seeds, once for all."
+    known = {}
+    for c in cells:
+        seeds = {name: c[name] for name in SEEDS if name in c}
+        like = tuple((name, id(value)) for name, value in c.items() if name not in seeds)
+        if like not in known: known[like] = CellKey.of(fn, **c)
+        yield replace(known[like], arguments=known[like].arguments | seeds)
 
 def _usual(fn, cell):
     method = cell.get("method")

@@ -9,7 +9,7 @@ __all__ = ['Work', 'hours', 'bill', 'bill_text', 'size_told']
 from collections import Counter
 from dataclasses import dataclass
 from math import sqrt
-from ..core import describe, digest, lookup, MissingData, RddError
+from ..core import digest, lookup, MissingData, RddError
 from ..files import kept, opened
 from .cells import made
 from .foreseen import foresee
@@ -46,7 +46,7 @@ def hours(works: list[Work]) -> dict | None:
     half = 0.
     if variance:
         from scipy.special import stdtrit
-        half = stdtrit(variance**2 / sum(v**2 / df for v, df in spread), .975) * sqrt(variance)
+        half = float(stdtrit(variance**2 / sum(v**2 / df for v, df in spread), .975)) * sqrt(variance)
     return found | {"lo": max(0., total - half) / 3600, "hi": (total + half) / 3600}
 
 # %% ../../nbs/reproduce/874_plan.ipynb #9f8ffbf8
@@ -133,8 +133,6 @@ def _sets(foreseen, listing):
             if file not in listing.names: found[file] = one["data"], method, one["ipc"]
     return [*found.values()]
 
-def _like(data, method, ipc): return data, digest(method), ipc
-
 def _kept_sets(wanted):
     "(data set, digest of the method, budget) -> bytes of the sets that are kept."
     found, folder = {}, kept("compressed")
@@ -159,8 +157,10 @@ def _disk(cells, foreseen, listing, took):
     records, wanted = [bytes_of(c) for c in to_do], _sets(foreseen, listing)
     there = _kept_sets(wanted)
     def taken(data, method, ipc):
-        like = there.get(_like(data, describe(method), ipc))
-        return sum(like) / len(like) if like else set_bytes(data, method, ipc)
+        like = there.get((data, digest(method), ipc))
+        if like: return sum(like) / len(like)
+        try: return set_bytes(data, method, ipc)
+        except MissingData: return None
     sets = [taken(*one) for one in wanted]
     def told(sizes):
         return {"files": len(sizes), "bytes": round(sum(filter(None, sizes))), "unknown": sizes.count(None)}
@@ -268,5 +268,5 @@ def _sum_told(plan):
         d = disk[name]
         unknown = f", {d['unknown']:,} of unknown size" if d["unknown"] else ""
         known = f"{size_told(d['bytes'])} for " if d["bytes"] else ""
-        if d["files"]: yield f"  disk       {known}{d['files']:,} {what}{unknown}"
+        if d["files"]: yield f"  disk       {known}{d['files']:,} {what if d['files'] > 1 else what[:-1]}{unknown}"
     for one in plan["downloads"]: yield f"  download   {one['name']}: {size_told(one['bytes'])}, {one['how']}"
