@@ -33,7 +33,7 @@ EPILOG = {
     "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify",
              "rdd show mcs.safetensors --picture mcs.png"],
     "reproduce": ["rdd reproduce mcs/fig2 --profile smoke", "rdd reproduce all --profile cpu",
-                  "rdd reproduce mcs/fig1 --set k=20"],
+                  "rdd reproduce mcs/fig1 --set k=20", "rdd reproduce all --profile paper --plan"],
     "status": ["rdd status", "rdd status /shared/cells --json"],
     "cluster": ["rdd cluster", "rdd cluster slurm --show", "rdd cluster slurm --show --settings cluster.toml"],
     "attack": ["rdd attack model.safetensors --net resnet18 --data cifar10 --attack standard",

@@ -6,7 +6,7 @@
 __all__ = ['reproduce']
 
 # %% ../nbs/953_cli_reproduce.ipynb #c983b4d3
-import os
+import json, os
 from pathlib import Path
 from typing import Optional
 import typer
@@ -45,7 +45,14 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
     from rdd_lib.reproduce.orders import Orders
     from rdd_lib.reproduce.runner import reproduce as run
     orders = Orders(executor, cluster, settings, workers, share, part, keep_going, limit, rehearse)
+    if plan: return _say_plan(item, profile, parse_settings(set_), resume, as_json)
     for path in run(item, profile, parse_settings(set_), figures, resume, orders=orders): _say_made(path)
+
+def _say_plan(item, profile, settings, resume, as_json):
+    "What there is to do, and its price."
+    from rdd_lib.reproduce.plan import bill, bill_text
+    found = bill(item, profile, settings, resume)
+    typer.echo(json.dumps(found, indent=1) if as_json else bill_text(found))
 
 def _say_made(path):
     "The table of a page, and the files it left."

@@ -68,12 +68,10 @@ class ImageSet:
     def shape(self) -> tuple: return tuple(self.x.shape[1:])
     @property
     def n_classes(self) -> int: return len(self.classes)
-
     def images(self, device="cpu") -> Tensor:
         "All images as float32 in [0, 1], (N, C, H, W): a copy, so that writing into it leaves the set alone."
         x = pixels(self.x.to(device))
         return x.clone() if x is self.x else x
-
     @cached_property
     def per_class(self) -> list[Tensor]:
         "The indices of each class, one tensor a class, on the CPU."
@@ -169,13 +167,15 @@ class DataSet:
     shape: tuple | None = None  # of an image, likewise
     made: Callable | None = None    # split -> `ImageSet`
     size: int | None = None     # usual side of an image in pixels, where another can be asked for
+    counts: tuple | None = None     # images in train and in test
+    archive: int | None = None      # bytes of the files that it is published as
 
     def __str__(self): return self.says
+    def there(self) -> bool: return True   # whether it can be read as things are
     def read(self, split) -> ImageSet:
         found = self.made(split)
         check(isinstance(found, ImageSet), f"data set {self.name!r} must be an ImageSet, got a {type(found).__name__}")
         return replace(found, name=self.name, split=split)
-
     def load(self, split, size=None, classes=None) -> ImageSet:
         "As the function `load`; of what comes in one size."
         check(size is None, f"size is for image folders; {self.name} has its own, got {size}")
@@ -215,15 +215,12 @@ def _mnist5k(split):
     table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     x, y = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
     g = generator_of(0, "mnist5k")
-    keep = []
-    for c in range(10):
-        i = torch.nonzero(y == c).flatten()
-        i = i[torch.randperm(len(i), generator=g)]
-        keep.append(i[:400] if split == "train" else i[400:])
-    keep = torch.cat(keep).sort().values
+    def part(i): return i[torch.randperm(len(i), generator=g)][slice(400) if split == "train" else slice(400, None)]
+    keep = torch.cat([part(torch.nonzero(y == c).flatten()) for c in range(10)]).sort().values
     return ImageSet(x[keep], y[keep], DIGITS, "mnist5k", split)
 
-DATASETS["mnist5k"] = DataSet("mnist5k", "5,000 real MNIST digits, 28x28, no download", DIGITS, (1, 28, 28), _mnist5k)
+DATASETS["mnist5k"] = DataSet("mnist5k", "5,000 real MNIST digits, 28x28, no download", DIGITS, (1, 28, 28), _mnist5k,
+                              counts=(4000, 1000))
 
 # %% ../nbs/03_data.ipynb #4c7bf8bb
 def _read_npz(path, n_classes, channels):
@@ -281,18 +278,21 @@ willow_tree wolf woman worm
 # %% ../nbs/03_data.ipynb #f1a70305
 class Arrays(DataSet):
     "Two files of arrays, downloaded on first use."
+    def there(self): return all((kept("data") / self.name / f"{s}.npz").exists() for s in ("train", "test"))
     def read(self, split) -> ImageSet:
         path = kept("data") / self.name / f"{split}.npz"
         if not path.exists(): _download(self.name, split, path)
         x, y = _read_npz(path, len(self.classes), self.shape[0])
         return ImageSet(x, y, self.classes, self.name, split)
 
+_32 = (3, 32, 32)
 DATASETS.update({d.name: d for d in (
-    Arrays("mnist", "70,000 digits, 28x28", DIGITS, (1, 28, 28)),
-    Arrays("fashion_mnist", "70,000 clothes, 28x28", FASHION, (1, 28, 28)),
-    Arrays("cifar10", "60,000 photographs, 32x32, 10 classes", CIFAR10, (3, 32, 32)),
-    Arrays("cifar100", "60,000 photographs, 32x32, 100 classes", CIFAR100, (3, 32, 32)),
-    Arrays("svhn", "99,289 house numbers, 32x32", DIGITS, (3, 32, 32)))})
+    Arrays("mnist", "70,000 digits, 28x28", DIGITS, (1, 28, 28), counts=(60000, 10000), archive=11594722),
+    Arrays("fashion_mnist", "70,000 clothes, 28x28", FASHION, (1, 28, 28), counts=(60000, 10000), archive=30878645),
+    Arrays("cifar10", "60,000 photographs, 32x32, 10 classes", CIFAR10, _32, counts=(50000, 10000), archive=170498071),
+    Arrays("cifar100", "60,000 photographs, 32x32, 100 classes", CIFAR100, _32,
+           counts=(50000, 10000), archive=169001437),
+    Arrays("svhn", "99,289 house numbers, 32x32", DIGITS, _32, counts=(73257, 26032), archive=246316178))})
 
 # %% ../nbs/03_data.ipynb #8a9ea7d9
 def load(name: str | Path,      # one of `DATASETS`, or a path to your own images: a folder, .npz, .npy or .parquet

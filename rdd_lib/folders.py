@@ -191,6 +191,8 @@ class Folder(DataSet):
         if split == "train" or size == self.side: return partial(training_view, size=size)
         return partial(evaluation_view, size=size, margin=self.test_margin)
 
+    def there(self): return (kept("data") / self.where).is_dir()
+
     def load(self, split, size=None, classes=None) -> ImageSet:
         size = self.size if size is None else check_whole("size", size)
         root = kept("data") / self.where
@@ -211,9 +213,12 @@ def _numbers(n): return tuple(map(str, range(n)))
 
 DATASETS.update({d.name: d for d in (
     Folder("imagenette", "13,394 photographs, 10 easy ImageNet classes (folder)", tuple(IMAGENETTE.values()), size=128,
-           where="imagenette/imagenette2", how="unpack imagenette2.tgz (fast.ai's Imagenette, v2) there"),
+           counts=(9469, 3925), archive=1557161267, where="imagenette/imagenette2",
+           how="unpack imagenette2.tgz (fast.ai's Imagenette, v2) there"),
     Folder("tiny_imagenet", "110,000 photographs, 64x64, 200 classes (folder)", _numbers(200), size=64, side=64,
-           where="tiny_imagenet/tiny-imagenet-200", how="unpack tiny-imagenet-200.zip (Stanford CS231N) there"),
+           counts=(100000, 10000), archive=248100043, where="tiny_imagenet/tiny-imagenet-200",
+           how="unpack tiny-imagenet-200.zip (Stanford CS231N) there"),
     Folder("imagenet", "1.3 million photographs, 1,000 classes (folder)", _numbers(1000), size=64, where="imagenet",
+           counts=(1281167, 50000), archive=154642401280,
            how="put ILSVRC2012's train/<wnid>/ and val/<wnid>/ folders there (its val comes in one folder: sort the "
                "images into a folder a class first, as valprep.sh does)"))})

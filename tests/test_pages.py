@@ -10,8 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import FULL
+from rdd_lib.cli_app import parse_settings
 from rdd_lib.core import MissingData
+from rdd_lib.reproduce.index import Listing
 from rdd_lib.reproduce.page import Page
+from rdd_lib.reproduce.plan import bill
 from rdd_lib.reproduce.runner import items
 
 RDD = Path(sys.executable).parent / "rdd"
@@ -28,6 +31,17 @@ def cells(pattern="*.json"): return stamps(Path(os.environ["RDD_STORE"]), patter
 def within(table, score):
     "Whether every number lies in its interval."
     return ((table[f"{score}_lo"] <= table[score]) & (table[score] <= table[f"{score}_hi"])).all()
+
+
+def as_planned(page, name, *settings):
+    "The folder of a page that ran what was foreseen, and cells that depend on results where the plan says so."
+    asked = parse_settings(settings)
+    before, folder = bill(name, settings=asked), page(name, *settings)
+    after, ran = bill(name, settings=asked), len(Listing.of())
+    assert (after["total"]["done"], after["total"]["to_do"], after["disk"]["sets"]["files"]) == (ran, 0, 0)
+    if before["pages"][0]["depending"]: assert before["total"]["to_do"] < ran and not after["pages"][0]["depending"]
+    else: assert before["total"]["to_do"] == ran
+    return folder
 
 
 def test_from_the_shell_through_a_kernel_to_a_figure(tmp_path):
@@ -86,7 +100,7 @@ def test_table1_leaves_no_method_out(page):
 
 
 def test_budget_has_a_curve_for_every_method(page):
-    folder = page("mcs/budget", "n_test=20", "steps=3", "seeds=1", "ipcs=1,3", "methods=Rand,k-center")
+    folder = as_planned(page, "mcs/budget", "n_test=20", "steps=3", "seeds=1", "ipcs=1,3", "methods=Rand,k-center")
     table = pd.read_csv(folder / "budget.csv")
     assert list(zip(table.method, table.ipc)) == [("Rand", 1), ("Rand", 3), ("k-center", 1), ("k-center", 3)]
     assert within(table, "std")
@@ -94,7 +108,8 @@ def test_budget_has_a_curve_for_every_method(page):
 
 
 def test_curves_have_all_three_judges_for_all_three_ways_of_training(page):
-    folder = page("mcs/fig3_to_10", "n_test=20", "seeds=1", "steps=10", "methods=Raw,Rand,MCS (l2)", "ipcs=10")
+    small = ("n_test=20", "seeds=1", "steps=10", "methods=Raw,Rand,MCS (l2)", "ipcs=10")
+    folder = as_planned(page, "mcs/fig3_to_10", *small)
     table = pd.read_csv(folder / "fig3_to_10.csv")
     assert len(table) == 3 * (1 + 2) and set(table.trained) == {"standard", "linf", "l2"}
     for judge in ("clean", "linf", "l2"): assert within(table, judge)
@@ -171,7 +186,7 @@ ABOVE = {"mcs/fig1", "mcs/fig2", "mcs/table1", "mcs/table3", "mcs/budget", "mcs/
 def test_the_page_runs_to_its_end(page, name):
     if name in ALIKE and not FULL: pytest.skip("shares its cells with guard/transfer; make test-all runs it too")
     settings, files = OTHERS[name]
-    folder = page(name, *settings)
+    folder = as_planned(page, name, *settings)
     assert set(files) <= {p.name for p in folder.iterdir()}
     table = pd.read_csv(folder / files[0])
     assert len(table) and np.isfinite(table.select_dtypes("number").dropna(axis=1).to_numpy()).all()

@@ -27,7 +27,8 @@ from ..distill.experts import Experts
 from ..distill.gradient import GradientMatching
 from ..distill.trajectory import paper_settings, TrajectoryMatching
 from ..models import Net, STATS
-from .cells import dataset, judged, needs_set, Protocol, READINGS, Row, set_and_test, students
+from .cells import judged, needs_set, Protocol, READINGS, Row, set_and_test, students
+from .sizes import size_of
 from .store import cell
 from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer
@@ -292,7 +293,7 @@ def curve_cells(profile: str,         # "smoke", "cpu" or "paper"
                 **changes,            # of the protocol: n_test=, train_steps=, ...
                ) -> list[tuple[Row, dict]]:
     "The cells of `three_scores`, each with the row it belongs to."
-    plan, train = curve_plan(profile, data), dataset(data, "train")
+    plan, size = curve_plan(profile, data), size_of(data)
     plan = replace(plan, mcs=replace(plan.mcs, weights=q))
     if steps: plan = replace(plan, most_steps=steps, raw_steps=steps)
     protocol, rows = replace(plan.protocol, **changes), {r.label: r for r in curve_rows(plan)}
@@ -300,7 +301,7 @@ def curve_cells(profile: str,         # "smoke", "cpu" or "paper"
     for row in (lookup(n, rows, "row") for n in labels or rows):
         shared = dict(data=data, weighting=weighting if _own_rate(row) else "equal", device=device)
         for ipc in _budgets(plan, row, ipcs):
-            images = len(train) if ipc is None else ipc * train.n_classes
+            images = size.train if ipc is None else ipc * size.classes
             n = seeds or (ipc is None and plan.raw_seeds) or plan.seeds
             for t in trained:
                 mine = replace(protocol, trainer=trained_as(plan, data, row, t, images))
