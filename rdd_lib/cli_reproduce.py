@@ -43,10 +43,18 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
                   help="seconds that a cell may take")):
     "Run the notebooks of a paper: numbers, pictures and the executed notebooks."
     from rdd_lib.reproduce.orders import Orders
-    from rdd_lib.reproduce.runner import reproduce as run
+    asked = parse_settings(set_)
     orders = Orders(executor, cluster, settings, workers, share, part, keep_going, limit, rehearse)
-    if plan: return _say_plan(item, profile, parse_settings(set_), resume, as_json)
-    for path in run(item, profile, parse_settings(set_), figures, resume, orders=orders): _say_made(path)
+    if plan: return _say_plan(item, profile, asked, resume, as_json)
+    for path in _reproduced(orders, item, profile, asked, figures, resume): _say_made(path)
+
+def _reproduced(orders, item, profile, asked, figures, resume):
+    "Page after page; where something is said of how cells are run, all cells before all pages."
+    if not orders.rehearse and (orders.executor or orders.workers or orders.part):
+        from rdd_lib.reproduce.ahead import reproduce_ahead
+        return reproduce_ahead(item, orders, profile, asked, figures, resume)
+    from rdd_lib.reproduce.runner import reproduce as run
+    return run(item, profile, asked, figures, resume, orders=orders)
 
 def _say_plan(item, profile, settings, resume, as_json):
     "What there is to do, and its price."

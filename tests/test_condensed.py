@@ -12,8 +12,9 @@ from rdd_lib.reproduce.guard import (CONDENSED_PLANS, CONDENSERS, Condensed, con
                                      robustness, scoreboard, student_trainer, three_attacks)
 from rdd_lib.reproduce.guard_final import guard_attacks
 from rdd_lib.reproduce.proposition1 import attacked_at, bound_of, terms_at
-from rdd_lib.reproduce.cells import made, packed, sets_of, survivors, unpacked
+from rdd_lib.reproduce.cells import made, needs_set, packed, survivors, unpacked
 from rdd_lib.reproduce.grid import run_grid
+from rdd_lib.reproduce.jobs import Job
 from rdd_lib.reproduce.cells import dataset
 from rdd_lib.reproduce.tables import published
 from rdd_lib.data import sample
@@ -134,9 +135,11 @@ def test_other_images_are_not_compared():
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
+def sets_before(cells): return len({Job.of(*need).digest for c in cells for need in needs_set(**c)})
+
 def test_cells_share_their_sets_and_names_are_checked():
     cells = [c for _, c in condensed_cells("smoke", "mnist5k", ["DM"], (1, 2), seeds=3, device="cpu")]
-    assert len(cells) == 6 and len(sets_of(cells)) == 2
+    assert len(cells) == 6 and sets_before(cells) == 2
     assert {c["method"].net.settings["width"] for c in cells} == {8}
     with pytest.raises(UnknownName, match="condensation method"): condensed_cells("smoke", "mnist5k", ["KIP"])
     with pytest.raises(UnknownName, match="iteration"):
@@ -146,14 +149,14 @@ def test_a_row_may_be_judged_in_another_way():
     "FRePo's students without norm, and DiM's of the frozen sample, are students of the same sets."
     labels = ["FRePo", "FRePo (no norm)", "DiM", "DiM (frozen)"]
     cells = dict(condensed_cells("smoke", "mnist5k", labels, (1,), seeds=1))
-    assert len(sets_of([*cells.values()])) == 2
+    assert sets_before(cells.values()) == 2
     assert cells["FRePo (no norm)"]["protocol"].net.settings == {
         "norm": "none", "widen": 2, "norm_first": True, "init": "lecun", "width": 8}
     assert [cells[name]["protocol"].deploy for name in ("DiM", "DiM (frozen)")] == [None, "frozen"]
 
 def test_a_set_is_made_once():
     cells = [CELL | {"seed": s} for s in (0, 1)]
-    first = run_grid(sets_of(cells), made)
+    first = run_grid([needs_set(**cells[0])[0][1]], made)
     folder = Path(os.environ["RDD_STORE"]).parent / "compressed"
     files = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     run_grid(cells, robustness)

@@ -12,7 +12,7 @@ from rdd_lib import Random, save
 from rdd_lib.compressor import Compressor, METHODS
 from rdd_lib.core import BadArgument, UnknownName
 from rdd_lib.data import load
-from rdd_lib.reproduce.cells import compressed, made, sets_of
+from rdd_lib.reproduce.cells import compressed, made, needs_set
 from rdd_lib.reproduce.foreseen import foresee
 from rdd_lib.reproduce.index import finished, kind_of, Listing
 from rdd_lib.reproduce.plan import bill, bill_text, hours, Work
@@ -80,23 +80,21 @@ def plant(keys, seconds, **about):
 
 
 def test_hours_are_those_of_finished_cells_of_the_same_kind():
-    "Two sets and two students of Rand: of the others nothing is known."
+    "Two students of Rand, each with a set of its own: of MCS, whose students share one, nothing is known."
     keys, found = cells_of()
     sets, students = (grid.keys for grid in found.grids)
-    assert [len(sets), len(students)] == [4, 6]
-    plant(sets[:2], (10., 14.))
+    assert [len(sets), len(students)] == [1, 6]
     plant(students[:2], (100., 140.), threads=2)
     plan = bill("mcs/fig2", settings=SMALL)
-    rand, mcs = plan["pages"][0]["rows"]
-    assert (rand["method"], rand["done"], rand["to_do"], rand["no_cell_of_this_kind"]) == ("Rand", 4, 2, 0)
-    assert rand["processor"]["hours"] == pytest.approx((12 + 240) / 3600) and rand["processor"]["single"] == 0
-    spread = np.var([10, 14], ddof=1) * 1.5 + np.var([200, 280], ddof=1) * 1.5
-    weight = spread**2 / sum((np.var(v, ddof=1) * 1.5)**2 for v in ([10, 14], [200, 280]))
+    mcs, rand = plan["pages"][0]["rows"]
+    assert (rand["method"], rand["done"], rand["to_do"], rand["no_cell_of_this_kind"]) == ("Rand", 2, 1, 0)
+    assert rand["processor"]["hours"] == pytest.approx(240 / 3600) and rand["processor"]["single"] == 0
     from scipy.stats import t
-    assert rand["processor"]["hi"] == pytest.approx((252 + t.ppf(.975, weight) * spread**.5) / 3600)
+    half = t.ppf(.975, 1) * (np.var([200, 280], ddof=1) * 1.5)**.5
+    assert rand["processor"]["hi"] == pytest.approx((240 + half) / 3600)
     assert (mcs["to_do"], mcs["no_cell_of_this_kind"], mcs["processor"], mcs["hint"]) == (4, 4, None, None)
-    assert plan["total"]["no_cell_of_this_kind"] == 4 and plan["total"]["processor"]["cells"] == 2
-    assert "no cell of this kind yet (4 of 6)" in bill_text(plan)
+    assert plan["total"]["no_cell_of_this_kind"] == 4 and plan["total"]["processor"]["cells"] == 1
+    assert "no cell of this kind yet (4 of 5)" in bill_text(plan)
 
 
 def test_the_interval_holds_what_comes():
@@ -113,7 +111,7 @@ def test_the_interval_holds_what_comes():
 
 def test_a_single_cell_and_a_gpu_are_named():
     keys, _ = cells_of(settings=SMALL | {"device": "cuda"})
-    plant(keys[4:5], [360.], device="NVIDIA H200", threads=8)
+    plant(keys[1:2], [360.], device="NVIDIA H200", threads=8)
     plan = bill("mcs/fig2", settings=SMALL | {"device": "cuda"})
     total = plan["total"]
     assert total["processor"] is None and total["gpu"] == {"hours": .2, "lo": None, "hi": None, "cells": 2, "single": 2}
@@ -125,9 +123,9 @@ def test_other_settings_are_a_hint_and_no_estimate():
     plant(keys, [7.] * len(keys))
     assert bill("mcs/fig2", settings=SMALL)["total"]["to_do"] == 0
     again = bill("mcs/fig2", settings=SMALL, resume=False)["total"]
-    assert (again["done"], again["to_do"], again["no_cell_of_this_kind"]) == (0, 10, 0)
+    assert (again["done"], again["to_do"], again["no_cell_of_this_kind"]) == (0, 7, 0)
     total = bill("mcs/fig2", settings=SMALL | {"steps": 3})["total"]
-    assert total["done"] == 4 and total["to_do"] == total["no_cell_of_this_kind"] == 6           # the sets are the same
+    assert total["done"] == 1 and total["to_do"] == total["no_cell_of_this_kind"] == 6            # the set is the same
     assert total["hint"] == {"cells": 6, "seconds_each": 7.} and total["processor"] is None
 
 
@@ -145,16 +143,16 @@ def test_disk_is_that_of_sets_of_the_same_kind(tmp_path):
     keys, found = cells_of()
     before = bill("mcs/fig2", settings=SMALL)["disk"]
     assert before["sets"] == {"files": 4, "bytes": 4 * set_bytes("mnist5k", Random(), 10), "unknown": 0}
-    assert before["records"] == {"files": 10, "bytes": 0, "unknown": 10}
-    one = sets_of(found.grids[1].cells)[0]
+    assert before["records"] == {"files": 7, "bytes": 0, "unknown": 7}
+    (_, one), = needs_set(**found.grids[-1].cells[0])
     compressed(one["data"], one["method"], one["ipc"], one["set_seed"], one["device"])
     there, = (Path(os.environ["RDD_STORE"]).parent / "compressed").glob("*.safetensors")
-    plant(keys[:1], [1.])
-    size = CellStore().path(keys[0]).stat().st_size
+    plant(keys[1:2], [1.])
+    size = CellStore().path(keys[1]).stat().st_size
     after = bill("mcs/fig2", settings=SMALL)["disk"]
     known = 2 * there.stat().st_size + set_bytes("mnist5k", Random(), 10)
     assert after["sets"] == {"files": 3, "bytes": known, "unknown": 0}
-    assert after["records"]["unknown"] == 6 and after["records"]["bytes"] == 3 * size                 # those of `made`
+    assert after["records"] == {"files": 6, "bytes": 5 * size, "unknown": 1}                          # that of `made`
 
 
 @pytest.mark.parametrize("name, ipc", [("random", 2), ("dm", 1)])
@@ -207,8 +205,8 @@ def test_from_the_shell(rdd):
     "As a table and as JSON; nothing but the plan is on stdout."
     words = ("reproduce", "mcs/fig2", "--plan", "--set", "methods=Rand,MCS", "--set", "seeds=1")
     told = rdd(*words)
-    assert told.returncode == 0 and told.stderr == "" and re.search(r"Rand +mnist5k +0 +2 ", told.stdout)
+    assert told.returncode == 0 and told.stderr == "" and re.search(r"Rand +mnist5k +0 +1 ", told.stdout)
     plan = json.loads(rdd(*words, "--json").stdout)
-    assert plan["schema"] == "rdd_lib.plan/1" and plan["total"]["to_do"] == 4
+    assert plan["schema"] == "rdd_lib.plan/1" and plan["total"]["to_do"] == 2
     assert not Path("figures").exists() and not Path(os.environ["RDD_STORE"]).exists()
     assert "unknown setting" in rdd("reproduce", "mcs/fig2", "--plan", "--set", "nothing=1").stderr

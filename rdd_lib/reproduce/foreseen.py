@@ -11,9 +11,9 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from types import CodeType
 from ..core import digest, MissingData
-from .cells import made, sets_of
 from .grid import run_grid
 from .index import Listing, SEEDS
+from .jobs import in_order, Job
 from .page import PLANNING
 from .runner import _cells, Item
 from .store import CellKey, CellStore
@@ -141,30 +141,39 @@ class Grid:
 class Foreseen:
     "What a page would run."
     listing: Listing
+    to_run: bool = False                 # data sets that are not at hand are left out, as when the page is run
     grids: list = field(default_factory=list)      # `Grid`s, in the order in which they are run
     data: dict = field(default_factory=dict)       # data sets that it looks for, in their order: name -> True
     waiting: int = 0                     # grids whose cells depend on results that are not there
     lacking: list = field(default_factory=list)    # what could not be foreseen for want of data, a sentence each
 
     def sources(self, page, asked):
-        "For `Page.sources`: all of them, whether at hand or not."
+        "For `Page.sources`: all of them, whether at hand or not, or as there."
+        if self.to_run: return self._at_hand(page, asked)
         found = {name: page.source(name) + sep + images for name, sep, images in (one.partition(":") for one in asked)}
         self.data |= dict.fromkeys(found.values(), True)
         return found
 
-    def run(self, page, cells, fn, sets):
+    def _at_hand(self, page, asked):
+        mode = PLANNING.set(None)
+        try: return page.sources(asked)
+        finally: PLANNING.reset(mode)
+
+    def run(self, page, cells, fn):
         "For `Page.run`."
         labels = [_label(c) for c in cells]
         cells = [c if isinstance(c, dict) else c[-1] for c in cells]
-        if sets:
-            needed, named = sets_of(cells), {}
-            for label, c in zip(labels, cells): named.setdefault(digest(c["method"]), label)
-            self._grid(made, needed, [named.get(digest(one["method"])) for one in needed])
-        return _Results(self._grid(fn, cells, labels), self.listing)
+        jobs = [Job(fn, c, key) for c, key in zip(cells, _keys(fn, cells))]
+        named = {digest(c["method"]): label for label, c in zip(reversed(labels), reversed(cells)) if c.get("method")}
+        own, first = {job.digest for job in jobs}, {}
+        for job in in_order(jobs):
+            if job.digest not in own: first.setdefault(job.fn, []).append(job)
+        for some in first.values(): self._grid(some, [named.get(digest(job.cell.get("method"))) for job in some])
+        return _Results(self._grid(jobs, labels), self.listing)
 
-    def _grid(self, fn, cells, labels):
+    def _grid(self, jobs, labels):
+        fn, cells, keys = jobs[0].fn if jobs else None, [job.cell for job in jobs], [job.key for job in jobs]
         labels = [label or _usual(fn, c) for label, c in zip(labels, cells)]
-        keys = [*_keys(fn, cells)]
         grid = Grid(fn, cells, labels, keys, [key.file for key in keys])
         self.grids.append(grid)
         self.data |= {c["data"]: True for c in cells if isinstance(c.get("data"), str)}
@@ -193,9 +202,10 @@ def _usual(fn, cell):
 def foresee(item: Item,
             parameters: dict,            # of the notebook
             listing: Listing,            # which results are there
+            to_run: bool = False,        # without data sets that are not at hand
            ) -> Foreseen:
     "The grids of a page, in a second or two. Raises what the page raises for parameters that make no sense."
-    found, (before, after) = Foreseen(listing), _statements(item.path)
+    found, (before, after) = Foreseen(listing, to_run), _statements(item.path)
     names = {"__name__": "__main__", "__builtins__": builtins, "display": lambda *shown: None}
     mode = PLANNING.set(found)
     try:

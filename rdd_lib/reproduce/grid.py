@@ -101,7 +101,7 @@ def run_jobs(jobs: list[Job], store: CellStore,
     todo = {d for d in tasks if d not in found and (part is None or part_of(d, part))}
     order = in_order(list(tasks.values()), todo)
     comes_first = {j.digest: j for j in order if j.digest not in tasks}
-    have = _stored(comes_first, store) if resume else {}
+    have = found | (_stored(comes_first, store) if resume else {})
     if todo:
         store.require_writable()
         order = [replace(j, needs=tuple(n for n in j.needs if n not in have)) for j in order if j.digest not in have]

@@ -40,19 +40,29 @@ class Job:
     def __str__(self): return ", ".join(f"{k}={v!r}" for k, v in self.cell.items()) or "without arguments"
 
 # %% ../../nbs/reproduce/816_jobs.ipynb #4ca452df
-def _wants(job): return [Job.of(fn, cell) for fn, cell in getattr(job.fn, "needs", lambda **cell: [])(**job.cell)]
+class _Jobs(dict):
+    "Jobs by function and arguments; arguments that are the same objects are described once."
+    def of(self, fn, cell):
+        like = (fn, *((name, id(value)) for name, value in cell.items()))
+        if like not in self: self[like] = Job.of(fn, cell)           # which keeps the arguments, and so their ids
+        return self[like]
+
+    def before(self, job):
+        "What a job asks for."
+        asked = getattr(job.fn, "needs", None)
+        return [self.of(fn, cell) for fn, cell in asked(**job.cell)] if asked else []
 
 def in_order(jobs: list[Job],        # all of a grid, finished ones too: they count as takers
              todo=None,              # digests of those that are to be computed; None: all
             ) -> list[Job]:          # those, and before them what they need together with others
     "The jobs in an order in which each can be computed, with `needs` filled in."
-    known, wants = {}, {}
+    known, wants, made = {}, {}, _Jobs()
     waiting = list(jobs)
     while waiting:
         job = waiting.pop()
         if job.digest in known: continue
         known[job.digest] = job
-        first = _wants(job)
+        first = made.before(job)
         wants[job.digest] = list(dict.fromkeys(one.digest for one in first))
         waiting += first
     asked = {job.digest for job in jobs}

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core import MissingData
-from .cells import dataset, made, sets_of
+from .cells import dataset
 from .figures import compared, save_figure
 from .grid import run_grid
 from .orders import Orders
@@ -68,17 +68,13 @@ class Page:
         return found
 
     def run(self, cells,           # arguments of `fn`, each alone or at the end of a tuple
-            fn,
-            sets: bool = False,    # make the sets that the cells share first
-           ) -> list[dict]:        # as of `run_grid`
-        "Run a grid."
-        if plan := PLANNING.get(): return plan.run(self, cells, fn, sets)
+            fn) -> list[dict]:     # as of `run_grid`
+        "Run a grid; what its cells need together is made before them."
+        if plan := PLANNING.get(): return plan.run(self, cells, fn)
         cells = [c if isinstance(c, dict) else c[-1] for c in cells]
         orders = Orders.current()
-        executor = orders.executor or ("serial" if self.workers == 1 else "processes")
-        how = dict(executor=executor, workers=orders.workers or self.workers or None, threads=self.threads,
-                   resume=self.resume, on_error="later" if orders.keep_going else "raise")
-        if sets: run_grid(sets_of(cells), made, **how)
+        how = dict(executor=orders.executor_or(self.workers), workers=orders.workers or self.workers or None,
+                   threads=self.threads, resume=self.resume, on_error="later" if orders.keep_going else "raise")
         return run_grid(cells, fn, **how)
 
     def joined(self, table,       # as from `standings`, or of tests

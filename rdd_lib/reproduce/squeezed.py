@@ -151,7 +151,7 @@ def run_rows(plan: Squeezed, rows, page: Page,
     teachers = [(label, args) for label, args in plan.teacher_cells(device) if label in used]
     taught = page.run(teachers, teacher_robustness)
     students = plan.cells(rows, device)
-    return Ran(plan, tuple(rows), (teachers, taught), (students, page.run(students, robustness, sets=True)))
+    return Ran(plan, tuple(rows), (teachers, taught), (students, page.run(students, robustness)))
 
 # %% ../../nbs/reproduce/892_squeezed.ipynb #5d8c7aa0
 def board(ran: Ran):       # DataFrame: ipc, method, score, value, value_lo, value_hi, sd, students; percent
