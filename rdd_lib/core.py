@@ -293,7 +293,7 @@ def generator_of(seed: int | torch.Generator,  # a seed, or a generator that is 
                  device="cpu",
                 ) -> torch.Generator:
     "A generator of its own; the global one is not touched."
-    if isinstance(seed, torch.Generator): return seed
+    if isinstance(seed, torch.Generator) or hasattr(seed, "each"): return seed     # or several, `threats.Several`
     ok = isinstance(seed, (int, np.integer)) and seed >= 0
     check(ok, f"seed must be a whole number >= 0 or a torch.Generator, got {seed!r}")
     return torch.Generator(device).manual_seed(subseed(seed, *names) if names else int(seed))

@@ -49,6 +49,7 @@ from rdd_lib.evaluation.sandwich import sandwich
 from rdd_lib.training.curvature import Curvature
 from rdd_lib.evaluation.checks import Effort
 from rdd_lib.evaluation.diagnostics import diagnose, eps_sweep
+from rdd_lib.evaluation.many import evaluate_many
 from rdd_lib.evaluation.outcome import evaluate, rob_score, std_score
 from rdd_lib.exports import export
 from rdd_lib.attacks.fab import boundary_distance
@@ -202,6 +203,17 @@ def test_training_on_weights_and_soft_labels(gpu, train):
     for more in (dict(weights=torch.arange(1., 13.)), dict(soft_labels=soft)):
         S = replace(made, **more)
         check(lambda d, S=S: Trainer(steps=3, batch=5)(NET, S, device=d).cpu().state_dict(), gpu)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(objective=objective_of("adversarial", Linf(.1), steps=3)),
+                                      dict(augment="color_crop_cutout")], ids=["standard", "adversarial", "augmented"])
+def test_students_side_by_side(gpu, train, test, settings):
+    def run(d):
+        students = Trainer(steps=3, lr=.05, batch=25, **settings).many(NET, train, (0, 1, 2), d, together=3)
+        told = [evaluate_many(students, test, a, (0, 1, 2), d, together=3) for a in (None, APGD(Linf(.1), steps=4))]
+        return [m.cpu().state_dict() for m in students], told
+    check(run, gpu)
+    assert len(Trainer(steps=1).many(NET, train, (0, 1, 2), gpu)) == 3                   # as many as pay there
 
 
 def test_what_a_step_costs(gpu, train):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..attacks.losses import check_answer
 from ..augmentation import OPERATIONS, Scale, Siamese
 from ..compressed import Generated
-from ..core import (check, check_kind, check_number, check_one_of, check_whole, describe, device_of, digest,
-                          generator_of, later, lookup, progress, subseed)
+from ..core import (check, check_number, check_one_of, check_whole, describe, device_of, digest, generator_of,
+                          later, lookup, progress, subseed)
 from ..data import ImageSet, pixels
 from ..files import Checkpoint
 from ..generators import draw
@@ -24,6 +24,7 @@ from ..models import check_precision, in_precision, keep_heap, Net, one_look, se
 from .distil import Distil, taught, temperature_of
 from .objectives import session_of, Standard, trait
 from .squares import regresses, Squares, targets
+from .students import built, check_training, generators_of, joined, Many, parted
 from ..view_labels import digest_of, sizes_of, ViewLabels
 from ..views import batch_sizes, mixed_targets, showings, Shown, Views
 
@@ -90,7 +91,7 @@ def go_on_from(tensors: dict[str, Tensor], name: str, model: nn.Module, opt) -> 
 
 # %% ../../nbs/training/47_trainer.ipynb #f4c576d6
 @dataclass(frozen=True)
-class Trainer:
+class Trainer(Many):
     """Gradient descent on an objective: `Trainer(...)(net, data, seed)` gives a trained model in eval mode.
 
     A last batch of one image is joined to the batch before it where the network cannot be trained on one image:
@@ -137,12 +138,10 @@ class Trainer:
                 ) -> nn.Module:
         """Train a fresh `net` on `data`. Raises `BadArgument` if the loss stops being a number (looked at every 50
         steps), and before the first step for batches of one image that the network cannot be trained on."""
-        check_kind("data", data, ImageSet)
-        check(callable(net) and not isinstance(net, nn.Module),
-              f"net must build a network from (data, seed), as a Net does, got {net!r:.60}")
+        check_training(net, data)
         device, self = device_of(device), self.following(data)
         keep_heap()
-        model = net(data, subseed(seed, "init")).to(device, **self._layout()).train()
+        model = built(net, data, seed).to(device, **self._layout()).train()
         opt = self._optimiser(model)
         run = _Run(self, model, data, seed, device)
         note = _Note(self, checkpoint, run, opt, self._key(net, data, seed) if checkpoint else "")
@@ -186,7 +185,7 @@ class Trainer:
         rule, sizes = self._rule(data), self.epoch(lambda: model, data)
         own = rule.get("batches")
         total = len(own) if own else self.steps or self.epochs * len(sizes)
-        order = self._order(data, sizes, own, seed)
+        order = joined(seed, lambda one: self._order(data, sizes, own, one))
         for _ in range(done): next(order)
         bar = progress(range(done, total), total=total, initial=done, desc="training")
         for step, shown in zip(bar, order):
@@ -269,7 +268,7 @@ class _Run:
         self.x = data.x.to(device)                          # may be bytes: a quarter of the memory
         self.y = targets(data, trainer.objective).to(device)
         self.w, self.scale, self.labels = trainer.weights(data, device), Scale(data, device), trainer.labels(data)
-        self.draws, self.changes = generator_of(seed, "attack", device=device), generator_of(seed, "augment")
+        self.draws, self.changes = generators_of(seed, "attack", device=device), generators_of(seed, "augment")
         self.objective = session_of(trainer.objective)
         self.net = data.network(device) if trainer.fresh(data) else None       # what draws the images of an epoch
         self.seed, self.epoch = seed, None                                     # the epoch whose images are there
@@ -282,7 +281,8 @@ class _Run:
             images, target = self.seen(shown, rows)
             weights = None if self.w is None else self.w[rows]
             with in_precision(self.trainer.precision, self.device):
-                return self.objective(self.model, images.to(**self.trainer._layout()), target, weights, self.draws)
+                loss = self.objective(self.model, images.to(**self.trainer._layout()), target, weights, self.draws)
+        return loss * len(self.seed) if isinstance(self.seed, tuple) else loss          # the sum of the students' own
 
     def renew(self, epoch):
         "Of a set that is drawn anew in every epoch, the images of this one."
@@ -295,8 +295,9 @@ class _Run:
         "The images of a batch as they are shown, and what is to be said about them."
         images, y, t = pixels(self.x[rows]), self.y[rows], self.trainer
         if t.augment:
-            changed = Siamese(t.augment, self.data.name, self.changes, len(rows))
-            return self.scale.pixels(changed(self.scale.normalise(images))), y
+            parts = parted(self.scale.normalise(images), self.changes)
+            changed = [Siamese(t.augment, self.data.name, g, len(part))(part) for part, g in parts]
+            return self.scale.pixels(torch.cat(changed)), y
         if shown.drawn is None: return images, y
         images = t.views.show(images, shown.drawn)
         if self.labels is None:
