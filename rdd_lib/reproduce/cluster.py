@@ -138,7 +138,7 @@ LOST = ("FutureCancelledError", "FuturesCancelledError", "CancelledError", "Comm
 
 class DaskPool:
     "A Dask client as `Run` needs it: `submit`, `why`."
-    hands_on = True
+    name, hands_on = "dask", True
 
     def __init__(self, client, limit, prepare):
         self.limit, self.prepare, self.late, self.sent, self.suspects = limit, prepare, set(), {}, set()
@@ -206,6 +206,7 @@ def dask_pool(orders: Orders,
     "A `DaskPool` on what the orders name. What is started here ends here; a scheduler at an address stays."
     distributed = needed("distributed", "cluster", "executor='dask'")
     import dask
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)           # what is lost, we say
     with dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1,
                           "distributed.scheduler.worker-saturation": 1.}):          # what waits, waits at the scheduler
         if orders.cluster == "local":

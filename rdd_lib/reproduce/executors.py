@@ -46,7 +46,7 @@ class _Later:
 
 class _Serial:
     "One cell after another, in this process."
-    at_once = 1
+    name = "serial"
     def __init__(self, limit=None): self.limit = limit
     def submit(self, fn, *args): return _Later(partial(fn, *args), self.limit)
 
@@ -114,19 +114,19 @@ class _Slot:
             raise too_long(limit)
         return future.result()
 
-    def stop(self):
+    def stop(self, now: bool = True):   # now: whatever it is at
         pool, self.pool = self.pool, None
         if pool is None: return
-        for p in list((pool._processes or {}).values()): p.kill()
+        for p in list((pool._processes or {}).values()) if now else (): p.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 class _Processes:
     "Workers in processes of their own; `died` has an entry for each time that one was lost."
+    name = "processes"
     def __init__(self, slots, limit):
         self.slots, self.limit, self.died, self.free = slots, limit, [], queue.SimpleQueue()
         for slot in slots: self.free.put(slot)
         self.threads = ThreadPoolExecutor(len(slots))
-        self.at_once = len(slots)
 
     def submit(self, fn, *args): return self.threads.submit(self._run, fn, *args)
 
@@ -139,7 +139,7 @@ class _Processes:
         for slot in self.slots: slot.closed = slot.closed or now
         if now: self.threads.shutdown(wait=False, cancel_futures=True)
         else: self.threads.shutdown()
-        for slot in self.slots: slot.stop()
+        for slot in self.slots: slot.stop(now)
 
 @contextmanager
 def processes(workers: int,

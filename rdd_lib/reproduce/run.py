@@ -41,6 +41,8 @@ class Tally:
     again: int = 0          # begun once more, after a worker was lost
     began: float = field(default_factory=time.monotonic)
 
+    def counts(self) -> dict: return {k: v for k, v in vars(self).items() if k != "began"}
+
     def __str__(self):
         told = [f"{self.computed} computed", self.stored and f"{self.stored} in the store already",
                 self.elsewhere and f"{self.elsewhere} by another run", self.failed and f"{self.failed} failed",
