@@ -33,7 +33,7 @@ EPILOG = {
     "show": ["rdd show mcs.safetensors", "rdd show mcs.safetensors --verify",
              "rdd show mcs.safetensors --picture mcs.png"],
     "reproduce": ["rdd reproduce mcs/fig2 --profile smoke", "rdd reproduce all --profile cpu",
-                  "rdd reproduce mcs/fig1 --set k=20"],
+                  "rdd reproduce mcs/fig1 --set k=20", "rdd reproduce mcs --profile paper --rehearse"],
     "attack": ["rdd attack model.safetensors --net resnet18 --data cifar10 --attack standard",
                "rdd attack model.pt --net convnet --set net.settings.width=64 --data ./my_images --size 64 --diagnose",
                "rdd attack model.safetensors --net mlp --data mnist5k --set attack.steps=50 --certify -o images.csv"],

@@ -45,7 +45,18 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
     from rdd_lib.reproduce.orders import Orders
     from rdd_lib.reproduce.runner import reproduce as run
     orders = Orders(executor, cluster, settings, workers, share, part, keep_going, limit, rehearse)
-    for path in run(item, profile, parse_settings(set_), figures, resume, orders=orders): _say_made(path)
+    made = run(item, profile, parse_settings(set_), figures, resume, orders=orders)
+    for path in made: _say_made(path)
+    if rehearse: _say_rehearsed(made)
+
+def _say_rehearsed(paths):
+    "What each rehearsal was, and how long it took."
+    import json
+    from rdd_lib.reproduce.rehearsal import STAMP, told
+    for path in paths:
+        found = json.loads(path.with_suffix(".rehearsal.json").read_text())
+        name = f"{path.parent.name}/{path.stem}"
+        typer.echo(f"\n{STAMP} of {name}, profile {found['profile']}: {found['seconds']} seconds; {told(found)}")
 
 def _say_made(path):
     "The table of a page, and the files it left."
