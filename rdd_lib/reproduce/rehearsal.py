@@ -137,7 +137,7 @@ def few(name: str,        # of a data set, or a path
         classes: int | None = None,
        ) -> ImageSet:
     "A few images of a data set, or its stand-in."
-    known = data_set(name)
+    known, size = data_set(name), size and min(size, LEAST.get("size", size))
     classes = min(classes or CLASSES, len(known.classes) or CLASSES, CLASSES)
     each = max(EACH[split], -(-LEAST["n_test"] // classes))
     real = _at_hand(known)
