@@ -46,7 +46,9 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
     asked = parse_settings(set_)
     orders = Orders(executor, cluster, settings, workers, share, part, keep_going, limit, rehearse)
     if plan: return _say_plan(item, profile, asked, resume, as_json)
-    for path in _reproduced(orders, item, profile, asked, figures, resume): _say_made(path)
+    made = _reproduced(orders, item, profile, asked, figures, resume)
+    for path in made: _say_made(path)
+    if rehearse: _say_rehearsed(made)
 
 def _reproduced(orders, item, profile, asked, figures, resume):
     "Page after page; where something is said of how cells are run, all cells before all pages."
@@ -61,6 +63,14 @@ def _say_plan(item, profile, settings, resume, as_json):
     from rdd_lib.reproduce.plan import bill, bill_text
     found = bill(item, profile, settings, resume)
     typer.echo(json.dumps(found, indent=1) if as_json else bill_text(found))
+
+def _say_rehearsed(paths):
+    "What each rehearsal was, and how long it took."
+    from rdd_lib.reproduce.rehearsal import STAMP, told
+    for path in paths:
+        found = json.loads(path.with_suffix(".rehearsal.json").read_text())
+        name = f"{path.parent.name}/{path.stem}"
+        typer.echo(f"\n{STAMP} of {name}, profile {found['profile']}: {found['seconds']} seconds; {told(found)}")
 
 def _say_made(path):
     "The table of a page, and the files it left."

@@ -156,6 +156,12 @@ def _available():
     try: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError): return inf
 
+def _first(each, listed):
+    "The first pictures of each class."
+    found = {}
+    for path, wnid in listed: found.setdefault(wnid, []).append((path, wnid))
+    return sorted(one for pictures in found.values() for one in pictures[:each])
+
 def check_memory(what, n, size):
     needed, there = 3 * n * size ** 2 / 1e9, _available() / 1e9
     check(needed <= there, f"size must be smaller, or classes fewer: {what} at size {size} needs {needed:.3g} GB of "
@@ -185,6 +191,7 @@ class Folder(DataSet):
     how: str = ""        # to get it there
     test_margin: float = 256 / 224   # by how much the test split is scaled larger than what is cut out of it
     side: int | None = None          # of every image as it comes, where they have one
+    each: int | None = None          # images of a class that are read, the first ones; None: all
 
     def view(self, split: str, size: int):
         "What is kept of each image: PIL image -> PIL image."
@@ -203,6 +210,7 @@ class Folder(DataSet):
         wanted = class_numbers(len(ids) if classes is None else classes, names)
         label = {ids[c]: n for n, c in enumerate(wanted)}
         listed = _listing(self.name, root, split, self.how, ids, {*ids} - {*label})
+        if self.each: listed = _first(self.each, listed)
         what = f"{self.name}/{split}"
         check_memory(what, len(listed), size)
         x = read_pictures([path for path, _ in listed], 3, self.view(split, size), what)

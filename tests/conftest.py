@@ -83,18 +83,26 @@ def rdd(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def page(tmp_path):
     """`page("mcs/fig2", "seeds=1")` is `rdd reproduce mcs/fig2 --set seeds=1` in this process: it spares a kernel,
-    which takes longer to start than most pages take at these sizes. The folder of tables and pictures."""
+    which takes longer to start than most pages take at these sizes. The folder of tables and pictures.
+
+    With `rehearse=True` a rehearsal, of another profile with `profile="paper"`."""
     from execnb.shell import CaptureShell
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
     from rdd_lib import cli
     from rdd_lib.reproduce import runner
+    from rdd_lib.reproduce.orders import Orders
+    from rdd_lib.reproduce.rehearsal import aside
 
-    def run(name, *settings):
+    def run(name, *settings, profile="smoke", rehearse=False):
         item, = runner._choose(name)
-        folder = tmp_path / "figures" / "smoke" / item.path.parent.name
+        folder = tmp_path / "figures" / ("rehearsal" if rehearse else profile) / item.path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = runner._parameters(item, "smoke", cli.parse_settings(settings), folder, True)
+        with Orders(rehearse=rehearse).given(), aside():
+            play(item, runner._parameters(item, profile, cli.parse_settings(settings), folder, True))
+        return folder
+
+    def play(item, parameters):
         whole = load_notebook_node(str(item.path))
         nb = parameterize_notebook(whole, parameters, kernel_name="python3", language="python")
         main, shell = sys.modules["__main__"], CaptureShell(mpl_format="png")
@@ -104,7 +112,6 @@ def page(tmp_path):
                 if cell.cell_type == "code": shell.run(cell.source)
                 if shell.exc: raise shell.exc
         finally: sys.modules["__main__"] = main                              # the shell puts its own there
-        return folder
     return run
 
 

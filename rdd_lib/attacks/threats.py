@@ -48,8 +48,10 @@ class Threat:
         return self.project(x, x_adv + size * self.direction(grad))
 
     def within(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        "Which images, (N,), lie within eps (1 + 1e-6) + one rounding unit of `x`."
-        return self.distance(x_adv, x) <= self.eps * (1 + 1e-6) + torch.finfo(x.dtype).eps
+        "Which images, (N,), lie within eps (1 + 1e-6) of `x`, but for what rounding does to its pixels."
+        unit = torch.finfo(x.dtype).eps
+        rounded = self.norm(torch.full_like(x[:1], unit / 4, dtype=torch.float64)).clamp_min(unit)
+        return self.distance(x_adv, x) <= self.eps * (1 + 1e-6) + rounded
 
     def check(self, x: Tensor, x_adv: Tensor, what: str = "x_adv") -> Tensor:
         "`x_adv`, if it lies in [0, 1] and `within` the ball around `x`. Raises `BadArgument`."

@@ -25,6 +25,7 @@ from ..evaluation.outcome import evaluate
 from ..files import kept, remembered
 from ..models import check_classes, Net
 from ..published import load_compressed
+from .rehearsal import few, least
 from .store import cell
 from ..training.objectives import Adversarial, Standard
 from ..training.trainer import Trainer
@@ -34,19 +35,24 @@ _NAMED = re.compile(r"(?P<name>[^@,:]+)(@(?P<size>\d+))?(,(?P<classes>\d+))?(:(?
 
 def part_named(name: str) -> tuple:   # name of the data set, and where it says so: size, classes, images
     "What `dataset` reads in a name. Raises `BadArgument`."
-    asked = _NAMED.fullmatch(name)
+    asked = _NAMED.fullmatch(name.removesuffix("!"))
     check(asked, f"data must read name[@size][,classes][:images], got {name!r}")
     return asked["name"], *(part and int(part) for part in asked.group("size", "classes", "images"))
 
-@lru_cache(maxsize=4)
 def dataset(name: str,    # of a data set, or a path to your own; "imagenette@64": at 64 pixels; "tiny_imagenet,20":
                           # its first 20 classes;
-                          # "mnist:6000": so many of its training images, stratified; or several of them, in this order
+                          # "mnist:6000": so many of its training images, stratified; or several of them, in this order;
+                          # "mnist!": the few images of a rehearsal
             split: str,
            ) -> ImageSet:
     "`load`, remembered; of a part, where a page asks for one. Raises `BadArgument`, and what `load` raises."
-    name, size, classes, images = part_named(name)
-    data = load(name, split, size, classes)
+    return _read(least(data=name)["data"], split)
+
+@lru_cache(maxsize=4)
+def _read(name, split):
+    of, size, classes, images = part_named(name)
+    if name.endswith("!"): return few(of, split, size, classes)
+    data = load(of, split, size, classes)
     return sample(data, images) if images and split == "train" else data
 
 def compressed(data_name: str,
@@ -56,6 +62,7 @@ def compressed(data_name: str,
                device: str = "auto",
               ) -> ImageSet:
     "`method.compress`, from disk if it has been done before."
+    data_name, method, ipc, seed = least(data=data_name, method=method, ipc=ipc, seed=seed).values()
     data = dataset(data_name, "train")
     if method is None: return data
     key = digest([describe(method), data.fingerprint, ipc, seed], 24)

@@ -23,6 +23,7 @@ from ..distill.gradient import GradientMatching
 from ..evaluation.comparison import compare
 from ..models import Net, STATS
 from .cells import judged, needs_set, READINGS, set_and_test, students, survivors
+from .rehearsal import least
 from .store import cell
 from .tables import standings
 from ..training.objectives import Adversarial
@@ -177,7 +178,8 @@ def condenser(label: str,     # one of `CONDENSERS`
     name = lookup(label, CONDENSERS, "condensation method")
     changes = lookup(profile, CONDENSED_PLANS, "profile").changes
     shared = {} if name in OWN_NETS else changes.get("", {})
-    return find_method(name).build(data, ipc, **shared | changes.get(name, {}) | settings)
+    made = find_method(name).build(data, ipc, **shared | changes.get(name, {}) | settings)
+    return least(method=made)["method"]
 
 def plain_twin(profile: str) -> dict:   # settings of "MTT"
     "What MAT has in this profile, but for the experts' attack and their average: that is all in which TM differs then."

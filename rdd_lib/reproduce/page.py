@@ -9,11 +9,13 @@ __all__ = ['PLANNING', 'given', 'Page', 'show']
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core import MissingData
+from ..core import lookup, MissingData
 from .cells import dataset
 from .figures import compared, save_figure
 from .grid import run_grid
 from .orders import Orders
+from .rehearsal import least, note, rehearsing, stamped
+from .store import CellKey
 from .tables import published, save_table, with_earlier
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e0607
@@ -72,10 +74,23 @@ class Page:
         "Run a grid; what its cells need together is made before them."
         if plan := PLANNING.get(): return plan.run(self, cells, fn)
         cells = [c if isinstance(c, dict) else c[-1] for c in cells]
+        if rehearsing(): cells = self.cut(cells, fn)
         orders = Orders.current()
         how = dict(executor=orders.executor_or(self.workers), workers=orders.workers or self.workers or None,
                    threads=self.threads, resume=self.resume, on_error="later" if orders.keep_going else "raise")
         return run_grid(cells, fn, **how)
+
+    def cut(self, cells, fn) -> list[dict]:
+        "The cells as a rehearsal runs them; many become the same one."
+        few = [least(**c) for c in cells]
+        note(cells=len(cells), ran=len({CellKey.of(fn, **c).digest for c in few}))
+        return few
+
+    def size(self, what: str,   # "points": as `rehearsal.LEAST` calls it
+             **sizes,           # profile -> how many
+            ) -> int:
+        "How many, on a page that has no cells: as the profile says, in a rehearsal the least."
+        return least(**{what: lookup(self.profile, sizes, "profile")})[what]
 
     def joined(self, table,       # as from `standings`, or of tests
                part: str = "",    # of <name>_<part>.csv
@@ -123,10 +138,10 @@ class Page:
                 for key, one in thing.items():
                     words = key if isinstance(key, tuple) else (key,)
                     self.save("_".join(map(str, (stem, *words))), one)
-            elif hasattr(thing, "savefig"): save_figure(thing, self.out, stem)
-            elif len(thing): save_table(thing, self.out, stem)
+            elif hasattr(thing, "savefig"): save_figure(stamped(thing), self.out, stem)
+            elif len(thing): save_table(stamped(thing), self.out, stem)
 
 def show(figures: dict) -> None:
     "One under another."
     from IPython.display import display
-    for figure in figures.values(): display(figure)
+    for figure in figures.values(): display(stamped(figure))

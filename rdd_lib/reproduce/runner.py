@@ -17,6 +17,7 @@ from ..extras import needed
 from ..files import atomic, writing
 from .figures import of_256_colours
 from .orders import Orders
+from .rehearsal import aside, LEAST, least, rehearsing, report, STAMP, told as rehearsed
 from .tables import papers_folder
 
 # %% ../../nbs/reproduce/87_runner.ipynb #32782907
@@ -180,23 +181,17 @@ def reproduce(item: str,                           # '<paper>/<name>' as `items`
     Raises `UnknownName` for an item, profile or setting that does not exist, `MissingData` where no notebook is,
     `Unwritable`, and `ReproductionFailed` when a notebook fails: that one stands beside as <name>.failed.ipynb, an
     earlier <name>.ipynb stays. Of several notebooks all are run before that is raised. After Ctrl-C
-    (`KeyboardInterrupt`) the finished cells of the grid are in the store, and the next run goes on from there."""
+    (`KeyboardInterrupt`) the finished cells of the grid are in the store, and the next run goes on from there.
+
+    A rehearsal writes to <figures>/rehearsal/<paper>, and keeps no cells."""
     lookup(profile, PROFILES, "profile")
     figures, jobs = Path(figures).absolute(), []
-    for i in _choose(item):
-        out = figures/profile/i.path.parent.name
-        jobs.append((i, _parameters(i, profile, settings or {}, out, resume)))
-    done, failed = [], []
-    for i, parameters in jobs:
-        try:
-            with (orders or Orders.current()).given(): done.append(_run(i, parameters, kernel, figures))
-        except ReproductionFailed as e:
-            if len(jobs) == 1: raise
-            logging.getLogger(__name__).error(str(e))
-            failed.append(e)
-    if not failed: return done
-    told = "\n".join(f"- {e}" for e in failed)
-    raise ReproductionFailed(f"{len(failed)} of {len(jobs)} notebooks failed:\n{told}") from failed[0]
+    with (orders or Orders.current()).given(), aside():
+        for i in _choose(item):
+            out = figures/("rehearsal" if rehearsing() else profile)/i.path.parent.name
+            jobs.append((i, _parameters(i, profile, settings or {}, out, resume)))
+        return _run_all(jobs, kernel, figures)
+
 
 # %% ../../nbs/reproduce/87_runner.ipynb #13238e91
 def _choose(item):
@@ -215,7 +210,26 @@ def _parameters(item, profile, settings, out, resume):
         check(name in defaults, f"the parameters cell of {item.name!r} must have {name!r}; it has {there}", BrokenFile)
     check(resume or "resume" in defaults, f"resume=False was asked for, but {item.name!r} has no parameter 'resume'")
     if "resume" in defaults: own["resume"] = resume
-    return own | typed_settings(item.name, defaults, settings)
+    return own | _least_of(defaults) | typed_settings(item.name, defaults, settings)
+
+def _least_of(defaults):
+    "What a rehearsal gives a page for the counts that it names itself; 0 and None say: as the profile has it."
+    if not rehearsing(): return {}
+    cut = {n: least(**{n: v})[n] for n, v in defaults.items() if n in LEAST and v}
+    return {n: [*dict.fromkeys(v)] if isinstance(v, list) else v for n, v in cut.items()}
+
+def _run_all(jobs, kernel, figures):
+    "Where the notebooks were written; what failed is told when all have been run."
+    done, failed = [], []
+    for i, parameters in jobs:
+        try: done.append(_run(i, parameters, kernel, figures))
+        except ReproductionFailed as e:
+            if len(jobs) == 1: raise
+            logging.getLogger(__name__).error(str(e))
+            failed.append(e)
+    if not failed: return done
+    told = "\n".join(f"- {e}" for e in failed)
+    raise ReproductionFailed(f"{len(failed)} of {len(jobs)} notebooks failed:\n{told}") from failed[0]
 
 # %% ../../nbs/reproduce/87_runner.ipynb #71f0b3ce
 class _Display:
@@ -264,11 +278,13 @@ def _run(item, parameters, kernel, figures):
     out = Path(parameters["out"])
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     path, broken = out/f"{item.path.stem}.ipynb", out/f"{item.path.stem}.failed.ipynb"
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         ran = Path(folder)/"ran.ipynb"
         with _Display(item.name, sys.stderr) as display:
             error = _execute(nbformat.read(item.path, 4), ran, parameters, kernel, display)
         nb = nbformat.read(ran if ran.exists() else item.path, 4)
+        if rehearsing(): _head(nb, path, parameters["profile"], time.monotonic() - began)
         where = _failed_cell(nb) if error else ""
         with atomic(broken if error else path) as tmp: nbformat.write(impersonal(nb, _places(figures)), tmp)
     if error:
@@ -276,6 +292,15 @@ def _run(item, parameters, kernel, figures):
         raise ReproductionFailed(f"{told}; the notebook as far as it came: {str(broken)!r}") from error
     broken.unlink(missing_ok=True)
     return path
+
+def _head(nb, path, profile, seconds):
+    "What a rehearsed notebook begins with; the same beside it, in a file."
+    found = report()
+    text = (f"**{STAMP}** of profile `{profile}`. Every count is cut to the least that runs: no number here is a "
+            f"result.\n\n{rehearsed(found)}.")
+    nb["cells"].insert(0, type(nb)(cell_type="markdown", id=STAMP.lower(), metadata={}, source=text))
+    about = {"profile": profile, "seconds": round(seconds, 1)} | found
+    with atomic(path.with_suffix(".rehearsal.json")) as tmp: tmp.write_text(json.dumps(about, indent=1) + "\n")
 
 def _places(figures):
     "What to write for the folders of this machine."
