@@ -15,6 +15,7 @@ import numpy as np
 from ..core import BrokenFile, MissingData, check, lookup
 from ..files import atomic
 from ..intervals import wilson_columns
+from .rehearsal import rehearsing, STAMP
 
 # %% ../../nbs/reproduce/84_tables.ipynb #d9bd45c5
 def papers_folder() -> Path:
@@ -198,16 +199,17 @@ def to_text(df,                          # any DataFrame; one from `beside` gets
            ) -> str:
     "A table for the terminal; a score that has columns <score>_lo and _hi is told as score [lo, hi]."
     import pandas as pd
+    head = f"{STAMP}, no result\n" if rehearsing() else ""
     if not {"ours", "ours_sd", "published", "published_sd", "difference"} <= set(df.columns):
         number = "%#.4g" if digits is None else f"%.{digits}f"
-        return _folded(df, number).to_string(index=False, float_format=number, na_rep="-")
+        return head + _folded(df, number).to_string(index=False, float_format=number, na_rep="-")
     digits = 2 if digits is None else digits
     told = pd.DataFrame({c: df[c] for c in df.columns[:list(df.columns).index("ours")]})
     columns = (("ours", df.ours, df.ours_sd, df.n), ("published", df.published, df.published_sd, df.published_n))
     for name, *parts in columns: told[name] = [_spread(*row, digits) for row in zip(*parts, strict=True)]
     told["difference"] = [_difference(*row, digits) for row in zip(df.difference, df.lo, df.hi, strict=True)]
     told["note"] = df["note"].fillna("")
-    return told.to_string(index=False)
+    return head + told.to_string(index=False)
 
 def _folded(df, number):
     "Scores with their interval in one column."
