@@ -6,7 +6,7 @@ WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 ONE     := OMP_NUM_THREADS=1 TQDM_DISABLE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab reproduce notebooks readme docs lock clean
+.PHONY: help demo test test-all lab reproduce gpu notebooks readme docs lock clean
 
 help:       ## what can be typed here
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -31,6 +31,10 @@ lab: .venv/ready  ## JupyterLab on the notebooks (with options: make lab LAB="--
 
 reproduce: .venv/ready  ## every figure and table: make reproduce PROFILE=smoke|cpu|paper
 	$(BIN)/rdd reproduce all --profile $(PROFILE)
+
+# Without a GPU the same stages at tiny sizes, on a pretended one (with options: make gpu GPU="--minutes 9 --only tests").
+gpu: .venv/ready  ## what to do with twelve minutes on a GPU, into runs/gpu-<device>.tar.gz; without one, a rehearsal
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 notebooks: .venv/ready  ## export, run every library notebook in place, clean
 	$(BIN)/nbdev_export

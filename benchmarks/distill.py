@@ -433,7 +433,7 @@ def ratios(found, first, second):
         for k, name in enumerate((first, second)):
             columns[f"{name} {unit}"] = statistics.median(pair[k][of] for pair in found)
     for of, name, prefix in (("seconds", "time", ""), ("MB", "memory", "memory ")):
-        by = [b[of] / a[of] for a, b in found]
+        by = [b[of] / a[of] if a[of] else float("nan") for a, b in found]
         columns |= {name: statistics.median(by), f"{prefix}lowest": min(by), f"{prefix}highest": max(by)}
     return columns
 
@@ -465,19 +465,19 @@ def rows(args, context, folder):
 def main(args):
     context, made = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(PRELOAD)
+    names = ("device", "width", "batch_real", "loops", "steps", "batch_outer", "heap", "repeats")
+    settings = {name: getattr(args, name) for name in names} | {"loops": "{} {}".format(*args.loops)}
+    out = args.out or (None if args.quick else Path(__file__).with_suffix(".csv"))
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(args, context, folder):
             made.append(row)
             print({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    table = pd.DataFrame(made)
-    names = ("device", "width", "batch_real", "loops", "steps", "batch_outer", "heap", "repeats")
-    settings = {name: getattr(args, name) for name in names} | {"loops": "{} {}".format(*args.loops)}
+            table = pd.DataFrame(made)
+            if out: table.assign(**settings, **machine()).to_csv(out, index=False, float_format="%.4g")
     print("\n" + ", ".join(f"{k} {v}" for k, v in settings.items()))
     for name, part in table.groupby("table", sort=False):
         part = part.drop(columns="table").dropna(axis=1, how="all")
         print("\n" + part.to_string(index=False, na_rep="", float_format="%.3g"))
-    out = args.out or (None if args.quick else Path(__file__).with_suffix(".csv"))
-    if out: table.assign(**settings, **machine()).to_csv(out, index=False, float_format="%.4g")
     if "apart" in table and (table[["apart", "gradients apart"]] > 1e-4).any(axis=None):
         sys.exit("ours and the plain loop do not compute the same: see `apart`")
 

@@ -9,7 +9,8 @@ operations where nobody says (1: the loop itself), `chosen ratio` what that take
 peak beyond imports, images and one small training, each in a process of its own, for two steps; on a GPU, what torch
 has allocated there.
 
-    python benchmarks/students.py [--quick] [--device cuda] [--only "width 16"] [--repeats 3] [--out FILE]
+    python benchmarks/students.py [--quick] [--device cuda] [--only "width 16"] [--students 5 20]
+                                   [--repeats 3] [--out FILE]
 """
 import argparse
 import multiprocessing
@@ -128,11 +129,11 @@ def apart(context, case, together):
     finally: child.join()
 
 
-def cases(device, only, quick):
+def cases(device, only, numbers):
     for net in (n for n in NETS if only in n):
         for work, batch in (("standard", 10), ("standard", 50), ("PGD-3", 10), ("judged by PGD-10", 250)):
             if "128" in net and work != "standard": continue
-            for students in (1, 2) if quick else (1, 5, 20, 50):
+            for students in numbers:
                 if students <= 20 or (net, batch) not in LONG: yield Case(net, work, batch, students, device)
 
 def measured(context, case, budget, repeats):
@@ -144,21 +145,23 @@ def measured(context, case, budget, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1 and 2 students, one pair: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few steps, one pair: whether it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="networks whose name holds this")
+    parser.add_argument("--students", nargs="+", type=int, help="how many; 1 5 20 50, with --quick 1 2")
     parser.add_argument("--seconds", type=float, default=3., help="about as long as a loop shall take")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", help="write the table here; benchmarks/students.csv, with --quick nowhere")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    out = asked.out or (None if asked.quick else Path(__file__).with_suffix(".csv"))
     context, rows = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(["rdd_lib.evaluation.many", "coresets"])
-    for case in cases(asked.device, asked.only, asked.quick):
+    numbers = asked.students or ((1, 2) if asked.quick else (1, 5, 20, 50))
+    for case in cases(asked.device, asked.only, numbers):
         rows.append(measured(context, case, .1 if asked.quick else asked.seconds, 0 if asked.quick else asked.repeats))
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    out = asked.out or (None if asked.quick else Path(__file__).with_suffix(".csv"))
-    if out: save_table(pd.DataFrame(rows).assign(repeats=asked.repeats, threads=1, **machine()).round(4), out)
+        if out: save_table(pd.DataFrame(rows).assign(repeats=asked.repeats, threads=1, **machine()).round(4), out)
 
 
 if __name__ == "__main__": main()

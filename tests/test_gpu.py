@@ -130,8 +130,7 @@ def digits(monkeypatch, train, test):
     sets = {"train": train, "test": test}
     few = SimpleNamespace(name="mnist5k", load=lambda split, *part: sets[split])
     monkeypatch.setattr("rdd_lib.data.data_set", lambda name, *how: few)
-    for place in ("rdd_lib.data.load", "rdd_lib.reproduce.cells.dataset", "rdd_lib.reproduce.mcs.dataset",
-                  "rdd_lib.reproduce.proposition1.dataset"):
+    for place in ("rdd_lib.data.load", "rdd_lib.reproduce.cells.dataset", "rdd_lib.reproduce.proposition1.dataset"):
         monkeypatch.setattr(place, lambda name, split="train", *part, **how: sets[split])
 
 def moved(data, device): return replace(data, x=data.x.to(device), y=data.y.to(device))

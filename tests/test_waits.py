@@ -1,6 +1,7 @@
 """How often the host waits for a GPU: counted on the pretend one, in n and in 2n steps. And that what is looked at
 later is refused all the same, and results are the CPU's."""
 import importlib.util
+import warnings
 from pathlib import Path
 import pytest
 import torch
@@ -51,6 +52,16 @@ def test_waits_of_a_step(flow, pretended):
     rule = 0 if flow.endswith(NONE) else RULES.get(flow.partition(":")[0])
     found, places = counted.per_step(counted.FLOWS[flow], 2)
     assert found <= MORE.get(flow, rule), dict(places)
+
+
+def test_a_real_gpu_is_asked_what_it_warns_of(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    def run(n):
+        for _ in range(n): warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    (place, count), = counted.warned(run, 3).items()
+    assert count == 3 and place[2].startswith(__file__) and modes == ["warn", "default"]
 
 
 def test_a_whole_attack_waits_once(pretended):
