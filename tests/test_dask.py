@@ -134,3 +134,18 @@ def test_without_a_common_folder_results_and_files_travel(tmp_path):
     assert [r["result"] for r in rows] == [f"set 7, student {s}" for s in range(6)]
     assert begun(log).count(7) == 1 and len(store) == 7                     # the set was made once, by one of the nodes
     assert noted_runs(Work(store.folder))[-1]["ended"].startswith("7 computed")
+
+
+@pytest.mark.skipif(not FULL, reason="half a minute; make test-all")
+def test_ctrl_c_leaves_no_worker_behind(tmp_path):
+    store, log = CellStore(tmp_path / "cells"), str(tmp_path / "log")
+    run = python("""
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cells = product(i=range(40), log=log, seconds=.5)
+        run_grid(cells, square, store, "dask", progress=False, workers=2, threads=1)""", store, log)
+    until(lambda: len(store) >= 3, 120)
+    run.send_signal(signal.SIGINT)
+    run.wait(60)
+    until(lambda: all(map(gone, pids(log))), 30)
+    assert len(store) < 40 and "interrupted" in noted_runs(Work(store.folder))[-1]["ended"]
