@@ -118,6 +118,7 @@ def test_a_cell_that_hangs_or_kills_and_the_others_go_on(tmp_path):
     rows = run_grid(product(i=range(4), log=log, bad=1, how="dies"), odd, store, "dask", progress=False, workers=2,
                     threads=1, on_error="record")
     assert squares(rows) == [0, None, 4, 9] and "died" in rows[1]["error"] and begun(log).count(1) <= 1 + 4
+    assert "begun again after a worker was lost" in noted_runs(Work(store.folder))[-1]["ended"]
     until(lambda: all(map(gone, pids(log) - {os.getpid()})), 30)
 
 

@@ -86,6 +86,7 @@ def pids(log): return {int(line.split()[-1]) for line in Path(log).read_text().s
 def test_a_worker_that_dies_once_costs_a_second_try(store, log):
     rows = run(product(i=range(4), log=log, bad=1, how="dies once"), odd, store, "processes")
     assert squares(rows) == right(4) and sorted(begun(log)) == [0, 1, 1, 2, 3]
+    assert "1 begun again after a worker was lost" in noted_runs(Work(store.folder))[-1]["ended"]
 
 
 def test_a_cell_that_kills_each_worker_fails_and_the_others_go_on(store, log):

@@ -141,13 +141,21 @@ class DaskPool:
     name, hands_on = "dask", True
 
     def __init__(self, client, limit, prepare):
-        self.limit, self.prepare, self.late, self.sent, self.suspects = limit, prepare, set(), {}, set()
+        self.limit, self.prepare, self.sent = limit, prepare, {}
+        self.late, self.suspects, self.ours, self.died = set(), set(), set(), []
         self._use(client)
 
     def _use(self, client):
         self.client, self.dashboard = client, client.dashboard_link
         client.register_plugin(self.prepare)
         client.subscribe_topic(LATE, self._is_late)
+        client.subscribe_topic("all", self._happened)
+
+    def _happened(self, event):
+        "Dask hands out again by itself what a lost worker was at: this counts it."
+        told = event[1]
+        if not isinstance(told, dict) or told.get("action") != "remove-worker" or told.get("expected"): return
+        self.died += [key for key in told["processing-tasks"] if key in self.ours]
 
     def _is_late(self, event):
         from distributed import Future
@@ -159,6 +167,7 @@ class DaskPool:
         n = self.sent[job.digest] = self.sent.get(job.digest, -1) + 1
         name = f"{job.name}{errand.run * errand.fresh}-{n}"
         future = self.client.submit(watched, self.limit, fn, job, errand, *parcels, key=name, pure=False)
+        self.ours.add(name)
         fire_and_forget(future)
         return future
 

@@ -101,8 +101,8 @@ class _Slot:
             try: return self._once(limit, fn, *args)
             except BrokenExecutor:
                 self.stop()
-                died.append(attempt)
                 if self.closed or attempt == TRIES: raise
+                died.append(attempt)
 
     def _once(self, limit, fn, *args):
         if self.pool is None:
@@ -121,7 +121,7 @@ class _Slot:
         pool.shutdown(wait=True, cancel_futures=True)
 
 class _Processes:
-    "Workers in processes of their own; `died` has an entry for each time that one was lost."
+    "Workers in processes of their own; `died` has an entry for each time that one was lost and its cell begun again."
     name = "processes"
     def __init__(self, slots, limit):
         self.slots, self.limit, self.died, self.free = slots, limit, [], queue.SimpleQueue()

@@ -6,7 +6,7 @@
 __all__ = ['product', 'table', 'PartMissing', 'part_of', 'run_grid', 'run_jobs']
 
 # %% ../../nbs/reproduce/82_grid.ipynb #c43b06e6
-import time
+import logging, time
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -127,9 +127,11 @@ def _run(order, pool, store, name, progress, on_error, orders, resume, tally):
             ended = "interrupted: " if isinstance(e, KeyboardInterrupt) else f"ended by {type(e).__name__}: "
             raise
         finally:
+            tally.again += len(getattr(pool, "died", ()))
             note.say(now=True, ended=f"{ended}{tally}", **tally.counts())
             errand.close()
     if run.errors and on_error == "later": raise _all_failed(run, tally)
+    if tally.elsewhere or tally.failed or tally.again: logging.getLogger(__name__).warning(f"{name}: {tally}")
     return results | {d: {"error": what(e)} for d, e in run.errors.items()}
 
 def _how(pool):
