@@ -47,16 +47,16 @@ class Stage:
 
 ROW = "benchmarks/rows.py {} --device {{device}} --out {{out}}/rows.csv --set methods={} --set {}=1"
 STAGES = (
-    Stage("tests", 110, "-m pytest -p no:cacheprovider --junitxml={out}/tests.xml tests/test_gpu.py",
-          "tests/test_waits.py tests/test_generative.py tests/test_squeeze.py -k gpu --durations=10",
+    Stage("tests", 150, "-m pytest -p no:cacheprovider -m gpu --junitxml={out}/tests.xml tests/test_gpu.py",
+          "tests/test_waits.py tests/test_squeeze.py tests/test_generative.py --durations=10",
           "-k 'attacks or training or papers or devices'"),
     Stage("waits", 60, "benchmarks/waits.py --beside benchmarks/waits.csv --out {out}/waits.csv",
           small="--only evaluation"),
-    Stage("students", 110, "benchmarks/students.py --device {device} --only 'width 16' --out {out}/students.csv",
+    Stage("students", 100, "benchmarks/students.py --device {device} --only 'width 16' --out {out}/students.csv",
           "--students 5 20 50 --seconds 1 --repeats 1", "--quick --students 2"),
-    Stage("attacks", 90, "benchmarks/attacks.py --device {device} --out {out}/attacks.csv",
+    Stage("attacks", 80, "benchmarks/attacks.py --device {device} --out {out}/attacks.csv",
           "--standard 100 --repeats 1", "--quick"),
-    Stage("distill", 130, "benchmarks/distill.py --device {device} --out {out}/distill.csv",
+    Stage("distill", 110, "benchmarks/distill.py --device {device} --out {out}/distill.csv",
           "--data cifar10 --ipc 10 --repeats 1 --seconds .5", "--quick --ipc 2 --methods dsa tm real"),
     Stage("table1", 60, ROW.format("mcs/table1", "Rand", "seeds") + " --set readings=pixel",
           "--profile paper --data cifar10 mnist mnist5k --set n_test=1000", "--set n_test=20 --set steps=3"),

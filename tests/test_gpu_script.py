@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,12 @@ def test_every_stage_names_what_there_is():
             files = [w for w in stage.words("o", "cuda", rehearse) if w.startswith(("tests/", "benchmarks/"))]
             assert files and all((ROOT / w).exists() for w in files)
     assert sum(stage.seconds for stage in script.STAGES) <= 720
+
+
+def test_the_tests_of_the_first_stage_are_all_that_need_a_gpu():
+    need = {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py")
+            if re.search(r"(?m)^def test_\w+\([^)]*\bgpu\b", p.read_text(encoding="utf-8"))}
+    assert need - {"tests/test_pretend_gpu.py"} == {*script.STAGES[0].words("o", "cuda", False)} & need
 
 
 @pytest.mark.skipif(not FULL, reason="minutes; make test-all, and make gpu")
