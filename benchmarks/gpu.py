@@ -39,6 +39,7 @@ class Stage:
     command: str
     full: str = ""       # what is added on a GPU,
     small: str = ""      # and in a rehearsal
+    bars: bool = False   # progress, as lines of its log
 
     def words(self, out, device, rehearse):
         words = shlex.split(f"{self.command} {self.small if rehearse else self.full}")
@@ -47,22 +48,22 @@ class Stage:
 
 ROW = "benchmarks/rows.py {} --device {{device}} --out {{out}}/rows.csv --set methods={} --set {}=1"
 STAGES = (
-    Stage("tests", 110, "-m pytest -p no:cacheprovider --junitxml={out}/tests.xml tests/test_gpu.py",
-          "tests/test_waits.py tests/test_generative.py tests/test_squeeze.py -k gpu --durations=10",
+    Stage("tests", 150, "-m pytest -vv -p no:cacheprovider -m gpu --junitxml={out}/tests.xml tests/test_gpu.py",
+          "tests/test_waits.py tests/test_squeeze.py tests/test_generative.py --durations=10",
           "-k 'attacks or training or papers or devices'"),
     Stage("waits", 60, "benchmarks/waits.py --beside benchmarks/waits.csv --out {out}/waits.csv",
           small="--only evaluation"),
-    Stage("students", 110, "benchmarks/students.py --device {device} --only 'width 16' --out {out}/students.csv",
+    Stage("students", 100, "benchmarks/students.py --device {device} --only 'width 16' --out {out}/students.csv",
           "--students 5 20 50 --seconds 1 --repeats 1", "--quick --students 2"),
-    Stage("attacks", 90, "benchmarks/attacks.py --device {device} --out {out}/attacks.csv",
+    Stage("attacks", 80, "benchmarks/attacks.py --device {device} --out {out}/attacks.csv",
           "--standard 100 --repeats 1", "--quick"),
-    Stage("distill", 130, "benchmarks/distill.py --device {device} --out {out}/distill.csv",
+    Stage("distill", 110, "benchmarks/distill.py --device {device} --out {out}/distill.csv",
           "--data cifar10 --ipc 10 --repeats 1 --seconds .5", "--quick --ipc 2 --methods dsa tm real"),
     Stage("table1", 60, ROW.format("mcs/table1", "Rand", "seeds") + " --set readings=pixel",
-          "--profile paper --data cifar10 mnist mnist5k --set n_test=1000", "--set n_test=20 --set steps=3"),
+          "--profile paper --data cifar10 mnist mnist5k --set n_test=1000", "--set n_test=20 --set steps=3", True),
     Stage("transfer", 140, ROW.format("guard/transfer", "SRe2L", "sets") + " --set ipcs=1 --set attacks=PGD100",
           "--profile paper --data cifar10 mnist5k --set students=1 --set n_test=500",
-          "--set iterations=2 --set epochs=1 --set n_test=10"))
+          "--set iterations=2 --set epochs=1 --set n_test=10", True))
 
 
 # ---- the device ----------------------------------------------------------------------------------------------------
@@ -70,14 +71,12 @@ STAGES = (
 ASK = """import json, sys
 sys.path.insert(0, "tests")
 import torch, pretend_gpu
-real, told = torch.cuda.is_available(), {"torch": torch.__version__, "cuda": torch.version.cuda, "env": {}, "why": ""}
-try: told["env"] = pretend_gpu.environment()
-except RuntimeError as e: told |= {"kind": "none", "name": "cpu", "why": str(e)}
-else:
+told = {"torch": torch.__version__, "cuda": torch.version.cuda, "why": pretend_gpu.install()}
+if not told["why"]:
+    told |= {"kind": "pretended" if pretend_gpu.pretended() else "real", "env": pretend_gpu.environment()}
     with pretend_gpu.present():
         found = torch.cuda.get_device_properties(0)
-        told |= {"kind": "real" if real else "pretended", "name": found.name, "bytes": found.total_memory}
-    if real: told["cudnn"] = torch.backends.cudnn.version()
+        told |= {"name": found.name, "bytes": found.total_memory, "cudnn": torch.backends.cudnn.version()}
 print(json.dumps(told))"""
 
 def said(*command):
@@ -98,12 +97,12 @@ def machine():
 
 # ---- a stage -------------------------------------------------------------------------------------------------------
 
-def surroundings(out, stage, given):
-    "The environment of a stage: the checkout, a store of its own, progress as lines in its log."
+def surroundings(stage, out, given):
+    "The environment of a stage: the checkout, a store of its own."
     path = [given.get("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH")]
-    env = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    return env | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "RDD_STORE": str(out / "store" / stage / "cells"),
-                  "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1")}
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "RDD_STORE": str(out / "store" / stage.name / "cells"),
+           "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "TQDM_DISABLE": "" if stage.bars else "1"}
+    return {"OMP_NUM_THREADS": "1"} | os.environ | own
 
 def end(child):
     """Nobody of a group outlives its stage. First it is interrupted: then pytest says what failed so far, and a row
@@ -116,17 +115,17 @@ def end(child):
     child.wait()
 
 def run(command, log, env, seconds):
-    "How a command ended, in a process group of its own."
+    "How a command ended, in a process group of its own, and the last line that it wrote by then."
     with open(log, "wb") as file:
         child = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file,
                                  stderr=subprocess.STDOUT, start_new_session=True)
-        try: return "failed" if child.wait(seconds) else "ok"
-        except subprocess.TimeoutExpired: return "out of time"
+        try: return "failed" if child.wait(seconds) else "ok", last_line(log)
+        except subprocess.TimeoutExpired: return "out of time", last_line(log)
         finally: end(child)
 
 def last_line(log):
-    lines = re.split(r"[\r\n]+", log.read_text(errors="replace").strip()) if log.exists() else [""]
-    return lines[-1].strip()[-200:]
+    lines = re.split(r"[\r\n]+", log.read_text(errors="replace").strip())
+    return lines[-1].strip()[:200]
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------
@@ -140,8 +139,8 @@ def go(stages, out, seconds, device, rehearse, keep=40):
         for k, (stage, row) in enumerate(zip(stages, rows)):
             share = stage.seconds / sum(later.seconds for later in stages[k:])
             row["ended"], start = "interrupted", time.monotonic()
-            try: row["ended"] = one(stage, out, share * (finish - start), device, rehearse)
-            finally: row |= {"seconds": round(time.monotonic() - start, 1), "last": last_line(log_of(stage, out))}
+            try: row["ended"], row["last"] = one(stage, out, share * (finish - start), device, rehearse)
+            finally: row["seconds"] = round(time.monotonic() - start, 1)
             print(line(row), flush=True)
             keep_all(rows, out, device, rehearse, keep)
     finally: keep_all(rows, out, device, rehearse, keep)
@@ -151,11 +150,9 @@ def one(stage, out, seconds, device, rehearse):
     folder = out / stage.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    env = surroundings(stage, out, device["env"])
     command = stage.words(folder, "cpu" if device["kind"] == "none" else "cuda", rehearse)
-    env = surroundings(out, stage.name, device["env"])
-    return run(command, log_of(stage, out), env, max(1., seconds - GRACE))
-
-def log_of(stage, out): return out / f"{stage.name}.log"
+    return run(command, out / f"{stage.name}.log", env, max(1., seconds - GRACE))
 
 def line(row):
     why = "" if row["ended"] == "ok" else f"   {row['last']:.60}"
@@ -164,7 +161,8 @@ def line(row):
 def keep_all(rows, out, device, rehearse, keep):
     "Summary and tar, each written whole."
     taken, left = within(out / "store", keep * 1e6)
-    summary = {"rehearsed": rehearse, "device": device, "stages": rows,
+    about = {name: value for name, value in device.items() if name != "env"}
+    summary = {"rehearsed": rehearse, "device": about, "stages": rows,
                "not in the tar": [str(p.relative_to(out)) for p in left]}
     whole(out / "summary.json", lambda tmp: tmp.write_text(json.dumps(summary, indent=1)))
     others = [p for p in out.rglob("*") if p.is_file() and p.relative_to(out).parts[0] != "store"]
@@ -210,7 +208,7 @@ def main():
     told = {"real": "", "pretended": ", which is pretended", "none": f", for there is no GPU ({device['why']})"}
     print(f"{'rehearsing' if rehearse else 'running'} on {device['name']}{told[device['kind']]}", flush=True)
     slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
-    out = (asked.out or ROOT / "runs" / f"gpu-{slug}{'-rehearsed' if rehearse and not device['env'] else ''}").resolve()
+    out = (asked.out or ROOT / "runs" / f"gpu-{slug}{'-rehearsed' if asked.rehearse else ''}").resolve()
     try: rows = go(stages, out, 60 * asked.minutes - (time.monotonic() - start), device, rehearse, asked.keep)
     except KeyboardInterrupt: sys.exit(f"interrupted; what there is: {out}.tar.gz")
     print(f"\n{device['name']}, {device['date']}", *map(line, rows), f"{out}.tar.gz", sep="\n")

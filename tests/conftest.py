@@ -33,8 +33,11 @@ settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
-    "The pretend GPU has to be there before the first backward pass: autograd counts devices then."
-    if any("gpu" in getattr(i, "fixturenames", ()) for i in items): pretend_gpu.install()
+    """Those that need a GPU can be asked for: pytest -m gpu. The pretend one has to be there before the first backward
+    pass: autograd counts devices then."""
+    need = [i for i in items if "gpu" in getattr(i, "fixturenames", ())]
+    for i in need: i.add_marker("gpu")
+    if need: pretend_gpu.install()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def test_one_fails_one_hangs_one_prints(tmp_path, capsys):
     assert b"said why" in found["fails.log"] and found["hangs.log"].startswith(b"begun")
     assert b"on cpu" in found["prints.log"] and found["prints/a.csv"] == b"1"
     summary = json.loads(found["summary.json"])
-    assert summary["stages"] == rows and rows[0]["last"] == "said why" and summary["device"] == NONE
+    assert summary["stages"] == rows and summary["device"] == {"kind": "none", "name": "cpu"}
+    assert [row["last"] for row in rows[:2]] == ["said why", "begun"]
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".part")]
 
 
@@ -58,7 +60,7 @@ def test_nobody_outlives_a_stage(tmp_path):
     note = tmp_path / "pid"
     child = f"import os, time; open('{note}', 'w').write(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    assert script.run([sys.executable, "-c", parent], tmp_path / "log", os.environ, 3.) == "out of time"
+    assert script.run([sys.executable, "-c", parent], tmp_path / "log", os.environ, 3.)[0] == "out of time"
     with pytest.raises(ProcessLookupError):
         for _ in range(50):
             os.kill(int(note.read_text()), 0)
@@ -67,7 +69,7 @@ def test_nobody_outlives_a_stage(tmp_path):
 
 def test_time_that_is_left_over_is_for_those_that_come(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(script, "run", lambda command, log, env, seconds: given.append(seconds) or "ok")
+    monkeypatch.setattr(script, "run", lambda command, log, env, seconds: given.append(seconds) or ("ok", ""))
     script.go([Stage("a", 1, ""), Stage("b", 1, ""), Stage("c", 2, "")], tmp_path / "o", 80., NONE, False)
     assert [round(s + script.GRACE) for s in given] == [20, 27, 80]
 
@@ -101,6 +103,12 @@ def test_every_stage_names_what_there_is():
             files = [w for w in stage.words("o", "cuda", rehearse) if w.startswith(("tests/", "benchmarks/"))]
             assert files and all((ROOT / w).exists() for w in files)
     assert sum(stage.seconds for stage in script.STAGES) <= 720
+
+
+def test_the_tests_of_the_first_stage_are_all_that_need_a_gpu():
+    need = {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py")
+            if re.search(r"(?m)^def test_\w+\([^)]*\bgpu\b", p.read_text(encoding="utf-8"))}
+    assert need - {"tests/test_pretend_gpu.py"} == {*script.STAGES[0].words("o", "cuda", False)} & need
 
 
 @pytest.mark.skipif(not FULL, reason="minutes; make test-all, and make gpu")
