@@ -11,6 +11,7 @@ from rdd_lib.data import CIFAR10, load, sample
 from rdd_lib.evaluation.checks import Case, Effort
 from rdd_lib.files import kept
 from rdd_lib.models import Net
+from rdd_lib.reproduce import cells
 from rdd_lib.reproduce.cells import dataset, set_and_test
 from conftest import needs
 
@@ -112,9 +113,9 @@ def in_order(folder):
         y = np.arange(10).repeat(n)
         x = np.random.default_rng(0).integers(0, 256, (len(y), 32, 32, 3), np.uint8)
         np.savez(folder / "cifar10" / f"{split}.npz", x=x, y=y)
-    dataset.cache_clear()
+    cells._read.cache_clear()
     yield
-    dataset.cache_clear()
+    cells._read.cache_clear()
 
 
 def test_a_sample_keeps_the_shares(in_order):
