@@ -114,10 +114,10 @@ class _Slot:
             raise too_long(limit)
         return future.result()
 
-    def stop(self):
+    def stop(self, kill=True):
         pool, self.pool = self.pool, None
         if pool is None: return
-        for p in list((pool._processes or {}).values()): p.kill()
+        for p in list((pool._processes or {}).values()) if kill else (): p.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 class _Processes:
@@ -139,7 +139,7 @@ class _Processes:
         for slot in self.slots: slot.closed = slot.closed or now
         if now: self.threads.shutdown(wait=False, cancel_futures=True)
         else: self.threads.shutdown()
-        for slot in self.slots: slot.stop()
+        for slot in self.slots: slot.stop(kill=now)               # those who have nothing to do tidy up and go
 
 @contextmanager
 def processes(workers: int,

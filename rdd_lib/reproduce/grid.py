@@ -123,12 +123,14 @@ def _run(order, pool, store, name, progress, on_error, orders, resume, tally):
             shown.tick(tally, {})
             results = run()
         finally:
-            note.say(now=True, ended=str(tally), **vars(tally))
+            note.say(now=True, ended=str(tally), **tally.counts)
             errand.close()
     if run.errors and on_error == "later": raise _all_failed(run, tally)
     return results | {d: {"error": what(e)} for d, e in run.errors.items()}
 
-def _how(pool): return {"executor": type(pool).__name__.strip("_").lower(), "dashboard": getattr(pool, "dashboard", "")}
+def _how(pool):
+    name = type(pool).__name__.strip("_").lower().removesuffix("pool")
+    return {"executor": name, "dashboard": getattr(pool, "dashboard", "")}
 
 def _all_failed(run, tally):
     lines = [f"- {run.jobs[d]}: {what(e)}" for d, e in run.errors.items()]
@@ -152,7 +154,7 @@ class _Shown:
         now = time.monotonic()
         if now - self.last < .5 and self.left: return
         self.last = now
-        self.note.say(**vars(tally))
+        self.note.say(**tally.counts)
         more = {k: v for k in ("stored", "elsewhere", "failed", "again") if (v := getattr(tally, k)) or k == "stored"}
         self.bar.set_postfix(more | self._where())
 

@@ -41,6 +41,9 @@ class Tally:
     again: int = 0          # begun once more, after a worker was lost
     began: float = field(default_factory=time.monotonic)
 
+    @property
+    def counts(self) -> dict: return {name: n for name, n in vars(self).items() if name != "began"}
+
     def __str__(self):
         told = [f"{self.computed} computed", self.stored and f"{self.stored} in the store already",
                 self.elsewhere and f"{self.elsewhere} by another run", self.failed and f"{self.failed} failed",
