@@ -2,6 +2,7 @@
 result is; at most the cells in flight are done twice. `make test-all` does the long one twenty times, and longer."""
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,3 +151,52 @@ def test_ctrl_c_leaves_no_worker_behind(tmp_path):
     run.wait(60)
     until(lambda: all(map(gone, pids(log))), 30)
     assert len(store) < 40 and "interrupted" in noted_runs(Work(store.folder))[-1]["ended"]
+
+
+REFUSED = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n"
+QUEUED = "#!/bin/sh\necho Submitted batch job 7\n"
+
+
+def batch_system(folder, **programs):
+    "Programs of a batch system, found first."
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return os.pathsep.join([str(folder), os.environ["PATH"]])
+
+
+def on_slurm(store, log, path, folder):
+    "A driver that submits two jobs."
+    (folder / "cluster.toml").write_text("[slurm]\njobs = 2\n")
+    where = f"settings={str(folder / 'cluster.toml')!r}"
+    return python(f"""
+        import os
+        from rdd_lib.reproduce.orders import Orders
+        os.environ["PATH"] = {path!r}
+        cells = product(i=range(3), log=log)
+        run_grid(cells, square, store, "dask", progress=False, orders=Orders(cluster="slurm", {where}))
+        """, store, log, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("programs, told", [(dict(sbatch=REFUSED), "invalid partition specified: gpu"),
+                                            ({}, "No such file or directory: 'sbatch'")])
+def test_a_batch_system_that_takes_no_job_is_an_error(tmp_path, programs, told):
+    "Dask logs it and waits for ever."
+    pytest.importorskip("dask_jobqueue")
+    if not programs and shutil.which("sbatch"): pytest.skip("there is a SLURM here")
+    path = batch_system(tmp_path, **programs)
+    one = on_slurm(CellStore(tmp_path / "cells"), str(tmp_path / "log"), path, tmp_path)
+    error = one.communicate(timeout=120)[1]
+    assert one.returncode == 1 and "NotSubmitted: slurm does not take the job" in error and told in error, error
+
+
+def test_ctrl_c_while_jobs_wait_in_the_queue(tmp_path):
+    pytest.importorskip("dask_jobqueue")
+    store = CellStore(tmp_path / "cells")
+    path = batch_system(tmp_path, sbatch=QUEUED, scancel=f"#!/bin/sh\necho $@ >> {tmp_path / 'cancelled'}\n")
+    one = on_slurm(store, str(tmp_path / "log"), path, tmp_path)
+    until(lambda: noted_runs(Work(store.folder)), 120)
+    one.send_signal(signal.SIGINT)
+    error = one.communicate(timeout=60)[1]
+    assert one.returncode not in (0, None) and "KeyboardInterrupt" in error, error
+    assert (tmp_path / "cancelled").read_text() == "7\n7\n"

@@ -153,6 +153,16 @@ def test_a_driver_that_is_killed_or_interrupted_leaves_nobody_behind(store, log,
     assert len(again) <= 2 and len(store) == 12                                # what was in flight
 
 
+def test_a_run_is_alive_until_it_is_killed(store, log):
+    one = driver(store, log)
+    until(lambda: len(store) >= 3)
+    told, = noted_runs(Work(store.folder))
+    assert told["alive"] and told["total"] == 12
+    one.kill()
+    one.wait()
+    assert not noted_runs(Work(store.folder))[0]["alive"]
+
+
 def test_two_drivers_on_one_store_share_the_work(store, log):
     both = [driver(store, log) for _ in range(2)]
     assert [one.wait(120) for one in both] == [0, 0]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'LATE', 'PATIENCE', 'LOST', 'Cluster', 'read_clusters', 'job_script', 'gpu_of', 'prepare_worker',
-           'watched', 'DaskPool', 'SchedulerGone', 'dask_pool']
+           'watched', 'DaskPool', 'SchedulerGone', 'dask_pool', 'NotSubmitted']
 
 # %% ../../nbs/reproduce/8185_cluster.ipynb #530931a3
-import logging, os, re, sys, threading, time
-from contextlib import contextmanager
+import logging, os, re, signal, sys, threading, time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
@@ -90,12 +90,30 @@ def read_clusters(path: str = "",   # of the TOML file; empty: `cluster.toml` he
 # %% ../../nbs/reproduce/8185_cluster.ipynb #e0e4422c
 def _jobqueue(cluster, share):
     "dask-jobqueue's cluster: its scheduler runs in this process, nothing is submitted yet."
-    make = getattr(needed("dask_jobqueue", "cluster", "a batch system"), SCHEDULERS[cluster.scheduler])
-    return make(**cluster.arguments(share))
+    with _own_interrupt(): made_of = needed("dask_jobqueue", "cluster", "a batch system")
+    make = getattr(made_of, SCHEDULERS[cluster.scheduler])
+    from distributed.core import Status
+    class Job(make.job_cls):
+        "One that keeps why it was refused: dask-jobqueue would log that, and wait for its workers for ever."
+        refused = None
+        async def start(self):
+            try: await super().start()
+            except (OSError, RuntimeError, ValueError) as e:
+                self.refused = str(e).rpartition("stderr:")[2].strip() or e
+                self.status = Status.running                               # as if it were there
+    return make(job_cls=Job, **cluster.arguments(share))
+
+@contextmanager
+def _own_interrupt():
+    "Ctrl-C as before the block: dask-jobqueue, once it is imported, makes of it an end with exit code 0."
+    before = signal.getsignal(signal.SIGINT)
+    try: yield
+    finally:
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, before)
 
 def job_script(cluster: Cluster, share: int = 1) -> str:
     "What would be submitted, once for each job."
-    with _jobqueue(cluster, share) as made: return made.job_script()
+    with _quiet(), _jobqueue(cluster, share) as made: return made.job_script()
 
 # %% ../../nbs/reproduce/8185_cluster.ipynb #c7c89875
 def gpu_of(name, gpus: list[str]) -> str | None:   # of a worker: 3, 'SLURMCluster-0-3'
@@ -215,9 +233,8 @@ def dask_pool(orders: Orders,
     "A `DaskPool` on what the orders name. What is started here ends here; a scheduler at an address stays."
     distributed = needed("distributed", "cluster", "executor='dask'")
     import dask
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)           # what is lost, we say
-    with dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1,
-                          "distributed.scheduler.worker-saturation": 1.}):          # what waits, waits at the scheduler
+    with _quiet(), dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1,
+                                    "distributed.scheduler.worker-saturation": 1.}):    # what waits, waits at the scheduler
         if orders.cluster == "local":
             workers, threads = split_cores(n, workers or on_gpus, threads)
             how = dict(n_workers=workers, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL)
@@ -228,9 +245,33 @@ def dask_pool(orders: Orders,
         else:
             cluster = lookup(orders.cluster, read_clusters(orders.settings), "cluster")
             threads = threads or max(1, cluster.cores // cluster.workers(orders.share))
-            with _jobqueue(cluster, orders.share) as made:
-                made.scale(jobs=cluster.jobs)
+            with _submitted(cluster, orders.share) as made:
                 with _pool_of(made, orders, threads, cluster.gpus > 0) as pool: yield pool
+
+class NotSubmitted(RddError, RuntimeError):
+    "The batch system does not take a job."
+
+@contextmanager
+def _submitted(cluster, share):
+    "dask-jobqueue's cluster, its jobs in the hands of the batch system."
+    made = _jobqueue(cluster, share)
+    try:
+        made.scale(jobs=cluster.jobs)
+        made.sync(made._correct_state)
+        for job in made.workers.values():
+            if job.refused: raise NotSubmitted(f"{cluster.scheduler} does not take the job: {job.refused}")
+        yield made
+    finally:
+        with suppress(AssertionError): made.close()        # it insists that all jobs have begun
+@contextmanager
+def _quiet():
+    "For the block, Dask says errors only."
+    needed("distributed", "cluster", "executor='dask'")    # whose import sets the level
+    log = logging.getLogger("distributed")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try: yield
+    finally: log.setLevel(before)
 
 @contextmanager
 def _pool_of(where, orders, threads, one_gpu):
