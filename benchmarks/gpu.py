@@ -76,23 +76,25 @@ if not told["why"]:
     told |= {"kind": "pretended" if pretend_gpu.pretended() else "real", "env": pretend_gpu.environment()}
     with pretend_gpu.present():
         found = torch.cuda.get_device_properties(0)
-        told |= {"name": found.name, "bytes": found.total_memory, "cudnn": torch.backends.cudnn.version()}
+        told |= {"name": found.name, "bytes": found.total_memory}
+    if told["kind"] == "real": told["cudnn"] = torch.backends.cudnn.version()
 print(json.dumps(told))"""
 
 def said(*command):
-    "The last line of what a command prints, or nothing."
+    "The last line of what a command prints, or nothing; and of what it complains of."
     try: done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    except (OSError, subprocess.TimeoutExpired): return ""
-    return done.stdout.strip().rpartition("\n")[2]
+    except (OSError, subprocess.TimeoutExpired) as e: return "", str(e)
+    return [text.strip().rpartition("\n")[2] for text in (done.stdout, done.stderr)]
 
 def machine():
     "The device, what drives it, and what is run on it."
-    told = json.loads(said(sys.executable, "-c", ASK) or "{}")
-    nothing = {"kind": "none", "name": "cpu", "env": {}, "why": "torch does not answer"}
-    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    commit = said("git", "describe", "--always", "--dirty", "--exclude=*")
-    return nothing | told | {"driver": driver, "commit": commit, "python": sys.version.split()[0],
-                             "date": time.strftime("%Y-%m-%d %H:%M")}
+    told, complaint = said(sys.executable, "-c", ASK)
+    nothing = {"kind": "none", "name": "cpu", "env": {}, "why": complaint}
+    driver, _ = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    commit, _ = said("git", "describe", "--always", "--dirty", "--exclude=*")
+    about = {"driver": driver, "commit": commit, "python": sys.version.split()[0],
+             "date": time.strftime("%Y-%m-%d %H:%M")}
+    return nothing | json.loads(told or "{}") | about
 
 
 # ---- a stage -------------------------------------------------------------------------------------------------------
@@ -206,6 +208,7 @@ def main():
     start, device = time.monotonic(), machine()
     rehearse = asked.rehearse or device["kind"] != "real"
     told = {"real": "", "pretended": ", which is pretended", "none": f", for there is no GPU ({device['why']})"}
+    if device["driver"] and device["kind"] != "real": print("nvidia-smi tells of a GPU that torch cannot use")
     print(f"{'rehearsing' if rehearse else 'running'} on {device['name']}{told[device['kind']]}", flush=True)
     slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
     out = (asked.out or ROOT / "runs" / f"gpu-{slug}{'-rehearsed' if asked.rehearse else ''}").resolve()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 import pretend_gpu
 import pytest
+import torch
 from conftest import FULL
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,7 @@ _spec = importlib.util.spec_from_file_location("script_for_a_gpu", ROOT / "bench
 script = importlib.util.module_from_spec(_spec)
 sys.modules["script_for_a_gpu"] = script                     # dataclasses look there
 _spec.loader.exec_module(script)
-Stage, NONE = script.Stage, {"kind": "none", "name": "cpu", "env": {}}
+Stage, NONE = script.Stage, {"kind": "none", "name": "cpu", "env": {}, "driver": ""}
 
 FAILS = "import sys; sys.exit('said why')"
 HANGS = ("import subprocess, sys, time; print('begun', flush=True); "
@@ -51,7 +52,7 @@ def test_one_fails_one_hangs_one_prints(tmp_path, capsys):
     assert b"said why" in found["fails.log"] and found["hangs.log"].startswith(b"begun")
     assert b"on cpu" in found["prints.log"] and found["prints/a.csv"] == b"1"
     summary = json.loads(found["summary.json"])
-    assert summary["stages"] == rows and summary["device"] == {"kind": "none", "name": "cpu"}
+    assert summary["stages"] == rows and summary["device"] == {"kind": "none", "name": "cpu", "driver": ""}
     assert [row["last"] for row in rows[:2]] == ["said why", "begun"]
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".part")]
 
@@ -80,7 +81,7 @@ def test_what_there_is_goes_in_when_it_is_stopped(tmp_path, by):
     running = subprocess.Popen([sys.executable, "-c", code, "--out", tmp_path / "o"], cwd=ROOT, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     log = tmp_path / "o" / "hangs.log"
-    while not (log.exists() and log.read_text()): time.sleep(.05)
+    while running.poll() is None and not (log.exists() and log.read_text()): time.sleep(.05)
     running.send_signal(by)
     assert "what there is" in running.communicate(timeout=30)[1] and running.returncode == 1
     ended = [row["ended"] for row in json.loads(members(tmp_path / "o.tar.gz")["summary.json"])["stages"]]
@@ -97,6 +98,18 @@ def test_of_the_store_the_tar_takes_what_has_room(tmp_path):
     assert json.loads(found["summary.json"])["not in the tar"] == ["store/row/teacher"]
 
 
+def test_it_finds_the_gpu(gpu):
+    found = script.machine()
+    assert found["kind"] == ("pretended" if pretend_gpu.pretended() else "real"), found["why"]
+    assert found["name"] == torch.cuda.get_device_name()
+
+
+def test_without_torch_it_says_why(monkeypatch):
+    monkeypatch.setattr(script, "ASK", "raise ImportError('no torch here')")
+    found = script.machine()
+    assert found["kind"] == "none" and found["why"] == "ImportError: no torch here"
+
+
 def test_every_stage_names_what_there_is():
     for stage in script.STAGES:
         for rehearse in (True, False):
@@ -108,7 +121,8 @@ def test_every_stage_names_what_there_is():
 def test_the_tests_of_the_first_stage_are_all_that_need_a_gpu():
     need = {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py")
             if re.search(r"(?m)^def test_\w+\([^)]*\bgpu\b", p.read_text(encoding="utf-8"))}
-    assert need - {"tests/test_pretend_gpu.py"} == {*script.STAGES[0].words("o", "cuda", False)} & need
+    need -= {"tests/test_pretend_gpu.py", "tests/test_gpu_script.py"}
+    assert need == need & {*script.STAGES[0].words("o", "cuda", False)}
 
 
 @pytest.mark.skipif(not FULL, reason="minutes; make test-all, and make gpu")
