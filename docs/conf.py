@@ -56,7 +56,7 @@ html_theme_options = {
 _edited = {f"{page.doc}.ipynb": page.source for page in pages()}
 _edited |= {f"api/{page.module}.rst": page.source for page in pages() if page.module}
 _edited |= {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "index.md": "docs/index.md"}
-_edited |= {"learn/own.md": "docs/own.md"}
+_edited |= {f"learn/{name}.md": f"docs/{name}.md" for name in ("own", "clusters")}
 _edited |= {f"{name}/index.md": f"docs/{name}.md" for name in ("learn", "papers", "api")}
 html_context = {"edited": _edited, "default_mode": "auto", "edit_page_provider_name": "GitHub",
                 "edit_page_url_template": SETTINGS["git_url"] + "/edit/" + SETTINGS["branch"]

@@ -130,7 +130,7 @@ def listed(found, of, links):
 
 def learn(out, found, links):
     "A page for each wing, and one for all."
-    cards, entries = [], ["start", "99_face", "own"]
+    cards, entries = [], ["start", "99_face", "own", "clusters"]
     for wing, blurb in (WINGS | {"stories": STORIES}).items():
         folder = f"learn/{folder_of(wing)}"
         own = [p for p in found if p.doc.startswith(f"{folder}/")]
@@ -141,12 +141,14 @@ def learn(out, found, links):
         entries.append(f"{folder_of(wing)}/index")
     text = (DOCS / "learn.md").read_text(encoding="utf-8")
     out.put("learn/index.md", "\n\n".join([text, grid(cards, "1 2 2 3"), toctree(entries)]))
-    own_page(out, links)
+    guides(out, links)
 
 
-def own_page(out, links):
-    "The page about things of one's own, and the package that it shows."
-    out.put("learn/own.md", links.in_text((DOCS / "own.md").read_text(encoding="utf-8"), "docs", "learn/own"))
+def guides(out, links):
+    "The pages about things of one's own, with the package that it shows, and about clusters."
+    for name in ("own", "clusters"):
+        text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+        out.put(f"learn/{name}.md", links.in_text(text, "docs", f"learn/{name}"))
     for name in ("own_package.py", "pyproject.toml"):
         out.put(f"learn/own_package/{name}", (DOCS / "own_package" / name).read_bytes())
 

@@ -38,7 +38,7 @@ ON_TOP = {"papers/guard_early/fig2": "fig2_cifar10_GUARD"}
 ALONE = {"nbs/index.ipynb": "learn/start", "nbs/results.ipynb": "results", "nbs/benchmarks.ipynb": "benchmarks",
          "nbs/99_face.ipynb": "learn/99_face"}
 OTHERS = {"README.md": "learn/start", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog",
-          "docs/own.md": "learn/own", "benchmarks/README.md": "benchmarks",
+          "docs/own.md": "learn/own", "docs/clusters.md": "learn/clusters", "benchmarks/README.md": "benchmarks",
           "nbs/README.md": "learn/index", "nbs": "learn/index",
           "nbs/papers": "papers/index"} | {f"nbs/papers/{paper}": f"papers/{paper}/index" for paper in PAPERS}
 # Notebooks that run on Colab once the library is installed: no data to fetch, a minute or two, something to see.

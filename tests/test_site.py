@@ -21,8 +21,8 @@ import site_map  # noqa: E402
 
 full = pytest.mark.skipif(not FULL, reason="builds the site; RDD_TESTS=full")
 # One page of each kind.
-KINDS = ("index.html", "learn/index.html", "learn/own.html", "learn/attacks/23_pgd.html", "papers/mcs/table1.html",
-         "papers/mcs/index.html", "api/covering.k_center.html", "results.html", "contributing.html")
+KINDS = ("index.html", "learn/index.html", "learn/own.html", "learn/clusters.html", "learn/attacks/23_pgd.html",
+         "papers/mcs/table1.html", "papers/mcs/index.html", "api/covering.k_center.html", "results.html", "contributing.html")
 
 
 # The sources
@@ -98,8 +98,9 @@ def test_the_page_about_ones_own_shows_the_package_that_is_tested(prepared):
     shown = re.findall(r"^```{literalinclude} (\S+)$", page.read_text(encoding="utf-8"), re.M)
     assert shown == ["own_package/own_package.py", "own_package/pyproject.toml"]
     assert all((page.parent / name).read_bytes() == (DOCS / name).read_bytes() for name in shown)
-    assert "(own.md)" in (prepared[0] / "learn/index.md").read_text(encoding="utf-8")
-    assert "(learn/own.md)" in (prepared[0] / "index.md").read_text(encoding="utf-8")
+    for name in ("own", "clusters"):
+        assert f"({name}.md)" in (prepared[0] / "learn/index.md").read_text(encoding="utf-8")
+        assert f"(learn/{name}.md)" in (prepared[0] / "index.md").read_text(encoding="utf-8")
 
 
 def test_the_leaderboard_is_made_of_the_rows_in_the_repository(prepared):

@@ -234,7 +234,7 @@ def dask_pool(orders: Orders,
     distributed = needed("distributed", "cluster", "executor='dask'")
     import dask
     with _quiet(), dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1,
-                                    "distributed.scheduler.worker-saturation": 1.}):    # what waits, waits at the scheduler
+                                    "distributed.scheduler.worker-saturation": 1.}):   # what waits, waits there
         if orders.cluster == "local":
             workers, threads = split_cores(n, workers or on_gpus, threads)
             how = dict(n_workers=workers, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL)

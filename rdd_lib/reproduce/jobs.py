@@ -10,7 +10,7 @@ import os, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 import torch
 from ..core import check
@@ -37,7 +37,9 @@ class Job:
     @property
     def name(self) -> str: return self.key.file.removesuffix(".json")
 
-    def __str__(self): return ", ".join(f"{k}={v!r}" for k, v in self.cell.items()) or "without arguments"
+    def __str__(self):
+        short_first = sorted(self.cell.items(), key=lambda item: is_dataclass(item[1]))
+        return ", ".join(f"{k}={v!r}" for k, v in short_first) or "without arguments"
 
 # %% ../../nbs/reproduce/816_jobs.ipynb #4ca452df
 class _Jobs(dict):
