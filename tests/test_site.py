@@ -22,7 +22,8 @@ import site_map  # noqa: E402
 full = pytest.mark.skipif(not FULL, reason="builds the site; RDD_TESTS=full")
 # One page of each kind.
 KINDS = ("index.html", "learn/index.html", "learn/own.html", "learn/clusters.html", "learn/attacks/23_pgd.html",
-         "papers/mcs/table1.html", "papers/mcs/index.html", "api/covering.k_center.html", "results.html", "contributing.html")
+         "papers/mcs/table1.html", "papers/mcs/index.html", "api/covering.k_center.html", "results.html",
+         "contributing.html")
 
 
 # The sources
