@@ -149,7 +149,7 @@ def run_rows(plan: Squeezed, rows, page: Page,
     "Teachers, sets, students, attacks: cells of a page."
     used = {f"teacher {name}" for row in rows for name in (row.images, row.labels)} | {"teacher S"}
     teachers = [(label, args) for label, args in plan.teacher_cells(device) if label in used]
-    taught = [r | {"n_test": r["result.n_test"]} for r in page.run(teachers, teacher_robustness)]   # asked: maybe None
+    taught = page.run(teachers, teacher_robustness)
     students = plan.cells(rows, device)
     return Ran(plan, tuple(rows), (teachers, taught), (students, page.run(students, robustness)))
 
