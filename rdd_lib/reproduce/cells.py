@@ -161,10 +161,12 @@ def survivors(results: list[dict],   # of a cell that gives <name>_bits, one a s
              ) -> np.ndarray:        # (students, n_test) bool
     "Which test images each student got. Raises `BadArgument` where they were judged by different images."
     check(results, "results must hold at least one student")
-    sets = {(r["n_test"], r["test_images"]) for r in results}
+    sets = {(_judges(r), r["test_images"]) for r in results}
     check(len(sets) == 1, f"results must come from the same test images, got {len(sets)} different sets of them")
     for r in results: lookup(f"{name}_bits", r, "attack of a result")
-    return np.stack([unpacked(r[f"{name}_bits"], r["n_test"]) for r in results])
+    return np.stack([unpacked(r[f"{name}_bits"], _judges(r)) for r in results])
+
+def _judges(r): return r.get("result.n_test", r["n_test"])    # where n_test is an argument too: None asks for all
 
 # %% ../../nbs/reproduce/83_cells.ipynb #ac4652fc
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class DaskPool:
 
     def _use(self, client):
         self.client, self.dashboard = client, client.dashboard_link
-        client.register_plugin(self.prepare)
+        _insist(client.register_plugin, self.prepare)
         client.subscribe_topic(LATE, self._is_late)
         client.subscribe_topic("all", self._happened)
 
@@ -218,6 +218,14 @@ class DaskPool:
                 time.sleep(1)
 
     def call_back(self, futures): self.client.cancel(list(futures), force=True)
+
+def _insist(call, *args, times: int = 10):
+    "Once more where a worker is lost just then: the scheduler asks all of them."
+    for left in reversed(range(times)):
+        try: return call(*args)
+        except OSError:                                         # of a connection, too
+            if not left: raise
+            time.sleep(1)
 
 class SchedulerGone(RddError, RuntimeError):
     "The scheduler of a cluster does not answer any more."

@@ -149,10 +149,9 @@ def run_rows(plan: Squeezed, rows, page: Page,
     "Teachers, sets, students, attacks: cells of a page."
     used = {f"teacher {name}" for row in rows for name in (row.images, row.labels)} | {"teacher S"}
     teachers = [(label, args) for label, args in plan.teacher_cells(device) if label in used]
+    taught = page.run(teachers, teacher_robustness)
     students = plan.cells(rows, device)
-    taught, learnt = page.run(teachers, teacher_robustness), page.run(students, robustness)
-    taught = [r | {"n_test": r["result.n_test"]} for r in taught]                  # what was asked may be None: all
-    return Ran(plan, tuple(rows), (teachers, taught), (students, learnt))
+    return Ran(plan, tuple(rows), (teachers, taught), (students, page.run(students, robustness)))
 
 # %% ../../nbs/reproduce/892_squeezed.ipynb #5d8c7aa0
 def board(ran: Ran):       # DataFrame: ipc, method, score, value, value_lo, value_hi, sd, students; percent
