@@ -58,8 +58,8 @@ def declared(*extras):
 
 
 COMES_WITH = {"PIL": "matplotlib", "IPython": "ipykernel", "nbformat": "papermill", "traitlets": "ipykernel",
-              "jupyter_client": "ipykernel", "rich": "typer"}
-EXTRAS = ("digits_", "papers_", "gurobi_", "parquet_", "hub_", "attacks_")
+              "jupyter_client": "ipykernel", "rich": "typer", "dask": "distributed"}
+EXTRAS = ("digits_", "papers_", "gurobi_", "parquet_", "hub_", "attacks_", "cluster_")
 
 
 def imported(path):
