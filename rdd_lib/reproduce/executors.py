@@ -136,7 +136,7 @@ class _Processes:
         finally: self.free.put(slot)
 
     def close(self, now):
-        for slot in self.slots: slot.closed = slot.closed or now
+        for slot in self.slots: slot.closed = now
         if now: self.threads.shutdown(wait=False, cancel_futures=True)
         else: self.threads.shutdown()
         for slot in self.slots: slot.stop(now)

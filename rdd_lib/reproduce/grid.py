@@ -44,14 +44,18 @@ class PartMissing(RddError, RuntimeError):
     "Cells of other parts are not there yet."
 
 def part_of(digest: str, part: tuple[int, int]) -> bool:   # part: (3, 10), the third of ten
-    "Whether a cell falls into a part: by its digest alone, so that all machines agree."
-    return int(digest[:12], 16) % part[1] == part[0] - 1
+    "Whether a cell falls into a part."
+    return _number(digest, part[1]) == part[0]
+
+def _number(digest, n):
+    "Into which of n parts, 1 ... n: by the digest alone, so that all machines agree."
+    return 1 + int(digest[:12], 16) % n
 
 def _check_parts(tasks, found, n):
     "Raises `PartMissing` with what is lacking."
     lacking = [d for d in tasks if d not in found]
     if not lacking: return
-    parts = Counter(1 + int(d[:12], 16) % n for d in lacking)
+    parts = Counter(_number(d, n) for d in lacking)
     told = ", ".join(f"{k}/{n} ({count})" for k, count in sorted(parts.items()))
     raise PartMissing(f"of {len(tasks)} cells {len(tasks) - len(lacking)} are there; lacking: parts {told}")
 
@@ -75,11 +79,11 @@ def run_grid(cells: list[dict],           # the arguments of each cell: plain da
     (`KeyboardInterrupt`) keeps what is finished; the next run goes on from there."""
     lookup(on_error, dict.fromkeys(("raise", "record", "later")), "value of on_error")
     cells = [dict(c) for c in cells]
-    keys = [Job.of(fn, c) for c in cells]
+    jobs = [Job.of(fn, c) for c in cells]
     name = getattr(fn, "__name__", type(fn).__name__)
     how = dict(executor=executor, workers=workers, threads=threads, orders=orders, on_error=on_error)
-    found = run_jobs(keys, CellStore() if store is None else store, name, resume, progress, **how)
-    return [_row(c, found[j.digest]) for c, j in zip(cells, keys, strict=True)]
+    found = run_jobs(jobs, CellStore() if store is None else store, name, resume, progress, **how)
+    return [_row(c, found[j.digest]) for c, j in zip(cells, jobs, strict=True)]
 
 def _stored(tasks, store):
     "What the store has of these, by digest; a result may be None."
@@ -99,29 +103,29 @@ def run_jobs(jobs: list[Job], store: CellStore,
     found = _stored(tasks, store) if resume else {}
     part = orders.share_of
     todo = {d for d in tasks if d not in found and (part is None or part_of(d, part))}
-    order = in_order(list(tasks.values()), todo)
-    comes_first = {j.digest: j for j in order if j.digest not in tasks}
-    have = found | (_stored(comes_first, store) if resume else {})
     if todo:
         store.require_writable()
+        order = in_order(list(tasks.values()), todo)
+        comes_first = {j.digest: j for j in order if j.digest not in tasks}
+        have = found | (_stored(comes_first, store) if resume else {})
         order = [replace(j, needs=tuple(n for n in j.needs if n not in have)) for j in order if j.digest not in have]
         with pool_for(executor, order, workers, threads, orders) as pool:
-            found |= _run(order, pool, store, name, progress, on_error, orders, resume, Tally(stored=len(found)))
+            found |= _run(order, pool, store, name, progress, on_error, resume, Tally(stored=len(found)))
     if part: _check_parts(tasks, found, part[1])
     return found
 
-def _run(order, pool, store, name, progress, on_error, orders, resume, tally):
+def _run(order, pool, store, name, progress, on_error, resume, tally):
     "Run jobs with a bar and a note of the run."
     note = RunNote(Work(store.folder), {"what": name, "total": tally.stored + len(order), **_how(pool)})
     errand = Errand.of(store, note.id, fresh=not resume)
     look = dict(desc=name, unit="cell", delay=0, leave=True, show=progress)
     errand.open()
     with bar_over(total=tally.stored + len(order), initial=tally.stored, **look) as bar:
-        shown = _Shown(bar, note, len(order))
+        shown = _Shown(bar, note, tally, len(order))
         run = Run(order, pool, store, errand, on_error != "raise", shown.each, shown.tick, tally)
         ended = ""
         try:
-            shown.tick(tally, {})
+            shown.tick()
             results = run()
         except BaseException as e:
             ended = "interrupted: " if isinstance(e, KeyboardInterrupt) else f"ended by {type(e).__name__}: "
@@ -146,21 +150,22 @@ def _all_failed(run, tally):
 
 class _Shown:
     "The bar and the note of a run."
-    def __init__(self, bar, note, total):
-        self.bar, self.note, self.left = bar, note, total
+    def __init__(self, bar, note, tally, total):
+        self.bar, self.note, self.tally, self.left = bar, note, tally, total
         self.last, self.asked, self.at = 0., float("-inf"), {}
 
-    def each(self, job, tally):
+    def each(self):
         self.bar.update()
         self.left -= 1
-        self.tick(tally, ())
+        self.tick()
 
-    def tick(self, tally, flying):
+    def tick(self):
         now = time.monotonic()
         if now - self.last < .5 and self.left: return
         self.last = now
-        self.note.say(**tally.counts())
-        more = {k: v for k in ("stored", "elsewhere", "failed", "again") if (v := getattr(tally, k)) or k == "stored"}
+        self.note.say(**self.tally.counts())
+        told = self.tally.counts()
+        more = {k: told[k] for k in ("stored", "elsewhere", "failed", "again") if told[k] or k == "stored"}
         self.bar.set_postfix(more | self._where())
 
     def _where(self):

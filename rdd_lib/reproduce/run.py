@@ -58,8 +58,8 @@ class Run:
                  store: CellStore,
                  errand: Errand,
                  keep_going: bool = False,    # after a failure; else it ends the run
-                 each=lambda job, tally: None,     # called after every job
-                 tick=lambda tally, flying: None,  # called now and then while nothing comes
+                 each=lambda: None,       # called after every job
+                 tick=lambda: None,       # called now and then while nothing comes
                  tally: Tally | None = None):
         self.jobs, self.pool, self.store, self.errand = {j.digest: j for j in jobs}, pool, store, errand
         self.keep_going, self.each, self.tick, self.tally = keep_going, each, tick, tally or Tally()
@@ -77,7 +77,7 @@ class Run:
             while self.flying or self.later:
                 for future in self.arrivals.take(): self._land(future)
                 self._send_later()
-                self.tick(self.tally, self.flying)
+                self.tick()
         except BaseException:
             self._call_back()
             raise
@@ -118,7 +118,7 @@ class Run:
 
     def _next(self, digest):
         "After a job, those that waited for it."
-        self.each(self.jobs[digest], self.tally)
+        self.each()
         for taker in self.takers[digest]:
             self.waits[taker] -= 1
             if not self.waits[taker]: self._ready(taker)
