@@ -98,11 +98,11 @@ def page(tmp_path):
     from rdd_lib.reproduce.rehearsal import aside
 
     def run(name, *settings, profile="smoke", rehearse=False):
-        item, = runner._choose(name)
+        item, = runner.chosen(name)
         folder = tmp_path / "figures" / ("rehearsal" if rehearse else profile) / item.path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         with Orders(rehearse=rehearse).given(), aside():
-            play(item, runner._parameters(item, profile, cli.parse_settings(settings), folder, True))
+            play(item, runner.parameters_for(item, profile, cli.parse_settings(settings), folder, True))
         return folder
 
     def play(item, parameters):

@@ -16,7 +16,7 @@ from rdd_lib.reproduce.cells import compressed, made, needs_set
 from rdd_lib.reproduce.foreseen import foresee
 from rdd_lib.reproduce.index import finished, kind_of, Listing
 from rdd_lib.reproduce.plan import bill, bill_text, hours, Work
-from rdd_lib.reproduce.runner import _choose, _parameters, items, PROFILES
+from rdd_lib.reproduce.runner import chosen, parameters_for, items, PROFILES
 from rdd_lib.reproduce.sizes import set_bytes, size_of
 from rdd_lib.reproduce.store import CellKey, CellStore
 from rdd_lib.training.trainer import Trainer
@@ -45,7 +45,7 @@ def nothing_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_page_is_foreseen_in_every_profile_and_nothing_is_computed(nothing_there, profile):
     for item in items():
-        found = foresee(item, _parameters(item, profile, {}, "", True), Listing.of())
+        found = foresee(item, parameters_for(item, profile, {}, "", True), Listing.of())
         assert bool(found.grids) != (item.name in WITHOUT_CELLS), item.name
         assert found.waiting == (item.name == "guard_early/strength") and not found.lacking, item.name
         for grid in found.grids:
@@ -69,8 +69,8 @@ SMALL = dict(seeds=3, n_test=20, steps=2, methods=["Rand", "MCS"])
 
 
 def cells_of(name="mcs/fig2", settings=SMALL, profile="smoke"):
-    item, = _choose(name)
-    found = foresee(item, _parameters(item, profile, settings, "", True), Listing.of())
+    item, = chosen(name)
+    found = foresee(item, parameters_for(item, profile, settings, "", True), Listing.of())
     return [key for grid in found.grids for key in grid.keys], found
 
 

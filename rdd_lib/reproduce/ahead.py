@@ -13,17 +13,16 @@ from .grid import PartMissing, run_jobs
 from .index import Listing
 from .jobs import Job
 from .orders import Orders
-from .runner import _choose, _parameters, reproduce
+from .runner import chosen, parameters_for, reproduce
 from .store import CellStore
 
 # %% ../../nbs/reproduce/876_ahead.ipynb #b4c15851
 def jobs_of(item: str, profile: str = "smoke", settings: dict | None = None, resume: bool = True) -> list[Job]:
     "What the grids of these pages compute, each job once: as far as no results have to be there before."
     listing, jobs = Listing.of(), {}
-    for one in _choose(item):
-        found = foresee(one, _parameters(one, profile, settings or {}, "", resume), listing, to_run=True)
-        for grid in found.grids:
-            jobs |= {key.digest: Job(grid.fn, cell, key) for cell, key in zip(grid.cells, grid.keys)}
+    for one in chosen(item):
+        found = foresee(one, parameters_for(one, profile, settings or {}, "", resume), listing, to_run=True)
+        jobs |= {job.digest: job for grid in found.grids for job in grid.jobs}
     return list(jobs.values())
 
 # %% ../../nbs/reproduce/876_ahead.ipynb #80fbfd93
@@ -31,8 +30,7 @@ def compute(item: str, orders: Orders, profile: str = "smoke", settings: dict | 
             resume: bool = True) -> None:
     "The cells of these pages, as the orders say. Raises `PartMissing`, and what `run_grid` raises."
     known, store = set(), CellStore()
-    how = dict(executor=orders.executor_or(), workers=orders.workers, orders=orders,
-               on_error="later" if orders.keep_going else "raise")
+    how = dict(executor=orders.executor_or(), workers=orders.workers, orders=orders, on_error=orders.on_error)
     while jobs := [job for job in jobs_of(item, profile, settings, resume or bool(known)) if job.digest not in known]:
         run_jobs(jobs, store, item, resume, **how)
         known |= {job.digest for job in jobs}

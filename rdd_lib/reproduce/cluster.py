@@ -116,6 +116,8 @@ def job_script(cluster: Cluster, share: int = 1) -> str:
     with _quiet(), _jobqueue(cluster, share) as made: return made.job_script()
 
 # %% ../../nbs/reproduce/8185_cluster.ipynb #c7c89875
+def _dask(): return needed("distributed", "cluster", "executor='dask'")
+
 def gpu_of(name, gpus: list[str]) -> str | None:   # of a worker: 3, 'SLURMCluster-0-3'
     "Which GPU a worker is to use; None where it cannot be told."
     found = re.search(r"(\d+)$", str(name))
@@ -123,7 +125,7 @@ def gpu_of(name, gpus: list[str]) -> str | None:   # of a worker: 3, 'SLURMClust
 
 def prepare_worker(threads: int, one_gpu: bool):
     "A plugin for Dask's workers: their threads, their GPU."
-    class Prepared(needed("distributed", "cluster", "executor='dask'").WorkerPlugin):
+    class Prepared(_dask().WorkerPlugin):
         name = "rdd_lib"
         def setup(self, worker):
             torch.set_num_threads(threads)
@@ -239,7 +241,7 @@ def dask_pool(orders: Orders,
               on_gpus: int | None,     # workers for cells on this machine's GPUs; None: the cells are for the CPU
              ):
     "A `DaskPool` on what the orders name. What is started here ends here; a scheduler at an address stays."
-    distributed = needed("distributed", "cluster", "executor='dask'")
+    distributed = _dask()
     import dask
     with _quiet(), dask.config.set({"distributed.scheduler.allowed-failures": TRIES - 1,
                                     "distributed.scheduler.worker-saturation": 1.}):   # what waits, waits there
@@ -271,10 +273,11 @@ def _submitted(cluster, share):
         yield made
     finally:
         with suppress(AssertionError): made.close()        # it insists that all jobs have begun
+
 @contextmanager
 def _quiet():
     "For the block, Dask says errors only."
-    needed("distributed", "cluster", "executor='dask'")    # whose import sets the level
+    _dask()                                                # whose import sets the level
     log = logging.getLogger("distributed")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -283,7 +286,7 @@ def _quiet():
 
 @contextmanager
 def _pool_of(where, orders, threads, one_gpu):
-    distributed = needed("distributed", "cluster", "executor='dask'")
+    distributed = _dask()
     try: client = distributed.Client(where, timeout=30, set_as_default=False)
     except (OSError, TimeoutError) as e: raise SchedulerGone(f"no scheduler answers at {where!r}: {e}") from None
     pool = DaskPool(client, orders.limit, prepare_worker(threads, one_gpu))

@@ -131,11 +131,17 @@ class _Results:
 @dataclass
 class Grid:
     "Cells that a page hands over at once."
-    fn: object
-    cells: list                          # arguments
+    jobs: list = field(repr=False)       # `Job`s of one function
     labels: list                         # what the page calls each: the row of a table
-    keys: list = field(repr=False)       # `CellKey`s
-    files: list = field(repr=False)      # the files of their results
+
+    @property
+    def fn(self): return self.jobs[0].fn if self.jobs else None
+    @property
+    def cells(self) -> list: return [job.cell for job in self.jobs]
+    @property
+    def keys(self) -> list: return [job.key for job in self.jobs]
+    @property
+    def files(self) -> list: return [job.key.file for job in self.jobs]
 
 @dataclass
 class Foreseen:
@@ -172,11 +178,9 @@ class Foreseen:
         return _Results(self._grid(jobs, labels), self.listing)
 
     def _grid(self, jobs, labels):
-        fn, cells, keys = jobs[0].fn if jobs else None, [job.cell for job in jobs], [job.key for job in jobs]
-        labels = [label or _usual(fn, c) for label, c in zip(labels, cells)]
-        grid = Grid(fn, cells, labels, keys, [key.file for key in keys])
+        grid = Grid(jobs, [label or _usual(job.fn, job.cell) for label, job in zip(labels, jobs)])
         self.grids.append(grid)
-        self.data |= {c["data"]: True for c in cells if isinstance(c.get("data"), str)}
+        self.data |= {c["data"]: True for c in grid.cells if isinstance(c.get("data"), str)}
         return grid
 
 def _label(cell):

@@ -45,6 +45,9 @@ class Orders:
               f"part must read like 3/10, from 1/10 to 10/10, got {self.part!r}")
         return int(found[1]), int(found[2])
 
+    @property
+    def on_error(self) -> str: return "later" if self.keep_going else "raise"     # as `run_grid` takes it
+
     def executor_or(self, workers: int = 1) -> str:   # workers: of the page; 0: one a core
         "The executor that was named, else the one that so many cells at a time ask for."
         at_once = workers if self.workers is None else self.workers

@@ -77,7 +77,7 @@ class Page:
         if rehearsing(): cells = self.cut(cells, fn)
         orders = Orders.current()
         how = dict(executor=orders.executor_or(self.workers), workers=orders.workers or self.workers or None,
-                   threads=self.threads, resume=self.resume, on_error="later" if orders.keep_going else "raise")
+                   threads=self.threads, resume=self.resume, on_error=orders.on_error)
         return run_grid(cells, fn, **how)
 
     def cut(self, cells, fn) -> list[dict]:

@@ -14,7 +14,7 @@ from ..files import kept, opened
 from .cells import made
 from .foreseen import foresee
 from .index import finished, kind_of, Listing
-from .runner import _choose, _parameters, PROFILES
+from .runner import chosen, parameters_for, PROFILES
 from .sizes import set_bytes, size_of
 from .store import CellKey
 
@@ -201,8 +201,8 @@ def bill(item: str = "all",           # '<paper>/<name>', '<paper>', or 'all'
     lookup(profile, PROFILES, "profile")
     everything = Listing.of()
     listing = everything if resume else Listing(everything.folder, frozenset())
-    chosen = [(i, _parameters(i, profile, settings or {}, "", resume)) for i in _choose(item)]
-    pages = [(i, foresee(i, parameters, listing)) for i, parameters in chosen]
+    asked = [(i, parameters_for(i, profile, settings or {}, "", resume)) for i in chosen(item)]
+    pages = [(i, foresee(i, parameters, listing)) for i, parameters in asked]
     cells = [_cells_of(found, listing) for _, found in pages]
     all_cells = {d: c for mine in cells for d, c in mine.items()}
     functions = {file.rpartition("-")[0] for file, c in all_cells.items() if not c.done}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'PROFILES', 'Item', 'items', 'parameters_of', 'typed_settings', 'this_python', 'impersonal',
-           'ReproductionFailed', 'reproduce']
+           'ReproductionFailed', 'reproduce', 'chosen', 'parameters_for']
 
 # %% ../../nbs/reproduce/87_runner.ipynb #c6742cd9
 import ast, json, logging, os, re, shutil, sys, tempfile, threading, time
@@ -187,23 +187,26 @@ def reproduce(item: str,                           # '<paper>/<name>' as `items`
     lookup(profile, PROFILES, "profile")
     figures, jobs = Path(figures).absolute(), []
     with (orders or Orders.current()).given(), aside():
-        for i in _choose(item):
+        for i in chosen(item):
             out = figures/("rehearsal" if rehearsing() else profile)/i.path.parent.name
-            jobs.append((i, _parameters(i, profile, settings or {}, out, resume)))
+            jobs.append((i, parameters_for(i, profile, settings or {}, out, resume)))
         return _run_all(jobs, kernel, figures)
 
 
 # %% ../../nbs/reproduce/87_runner.ipynb #13238e91
-def _choose(item):
-    "The items that a name stands for: one, a paper's, or all."
+def chosen(item: str) -> list[Item]:
+    "The items that a name stands for: one, a paper's, or all. Raises `UnknownName`."
     groups = {"all": items()}
     for i in items():
         groups.setdefault(i.path.parent.name, []).append(i)
         groups[i.name] = [i]
     return lookup(item, groups, "item")
 
-def _parameters(item, profile, settings, out, resume):
-    "All that is handed to the notebook."
+def parameters_for(item: Item, profile: str,
+                   settings: dict,          # as of `reproduce`
+                   out: str | Path,         # folder of tables and pictures
+                   resume: bool) -> dict:
+    "All that is handed to the notebook. Raises `BrokenFile`, and what `typed_settings` raises."
     defaults, own = parameters_of(item.path), {"profile": profile, "out": str(out)}
     for name in own:
         there = ", ".join(defaults) or "nothing"
