@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 import pytest
 from conftest import FULL
 from rdd_lib.reproduce.executors import TookTooLong
@@ -16,7 +15,7 @@ from rdd_lib.reproduce.grid import product, run_grid
 from rdd_lib.reproduce.orders import Orders
 from rdd_lib.reproduce.store import CellStore
 from rdd_lib.reproduce.work import Work, noted_runs
-from test_failures import begun, gone, pids, python, right, squares, until
+from test_failures import FINDS_TESTS, begun, gone, pids, python, right, squares, until
 from toy_cells import odd, square, student
 
 pytest.importorskip("distributed")
@@ -27,8 +26,7 @@ DASK = [sys.executable, "-m", "distributed.cli.dask_scheduler"], [sys.executable
 class Machines:
     "A scheduler and nodes, each a process of its own."
     def __init__(self, folder, preload=None, **env):
-        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        settings = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "3", "PYTHONPATH": path}
+        settings = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "3"} | FINDS_TESTS
         self.folder, self.preload, self.env, self.nodes = folder, preload, os.environ | settings | env, []
         self.port = random.Random(os.getpid() + time.time_ns()).randrange(20_000, 60_000)
         self.start()

@@ -39,6 +39,8 @@ def run(cells, fn, store, executor, orders=Orders(), **how):
     return run_grid(cells, fn, store, executor, progress=False, orders=orders, **how)
 
 
+# for processes that import what stands beside the tests
+FINDS_TESTS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
 HEAD = """
 from toy_cells import odd, square
 from rdd_lib.reproduce.grid import product, run_grid
@@ -50,8 +52,7 @@ def python(code, store, log, **how):
     "Another process that runs `code`, in which `store`, `log` and what the imports of `HEAD` bring are known."
     known = f"{HEAD}store, log = CellStore({str(store.folder)!r}), {log!r}"
     text = 'if __name__ == "__main__":\n' + indent(f"{known}\n{dedent(code)}", "    ")
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen([sys.executable, "-c", text], env=os.environ | {"PYTHONPATH": path}, text=True, **how)
+    return subprocess.Popen([sys.executable, "-c", text], env=os.environ | FINDS_TESTS, text=True, **how)
 
 
 def driver(store, log, executor="serial", n=12, seconds=.3, **how):

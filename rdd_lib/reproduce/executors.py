@@ -14,6 +14,7 @@ from functools import partial
 from multiprocessing import get_context
 import torch
 from ..core import BadArgument, RddError, check
+from ..files import environment
 
 # %% ../../nbs/reproduce/81_executors.ipynb #d54d7173
 class TookTooLong(RddError, TimeoutError):
@@ -76,18 +77,10 @@ def _end_with_parent():
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
-@contextmanager
 def capped(threads: int):
     "Thread caps for processes started meanwhile, and no bars of theirs: the libraries read this when they are loaded."
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    meanwhile = {n: str(threads) for n in names} | {"TQDM_DISABLE": "1"}
-    before = {n: os.environ.get(n) for n in meanwhile}
-    os.environ.update(meanwhile)
-    try: yield
-    finally:
-        for n, v in before.items():
-            if v is None: os.environ.pop(n, None)
-            else: os.environ[n] = v
+    return environment(TQDM_DISABLE="1", **dict.fromkeys(names, str(threads)))
 
 # %% ../../nbs/reproduce/81_executors.ipynb #6d5ba3c4
 TRIES = 2                            # that a cell has, when its process dies

@@ -10,6 +10,7 @@ import json, os, re
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from ..core import check, lookup
+from ..files import environment
 
 # %% ../../nbs/reproduce/805_orders.ipynb #858390b9
 EXECUTORS = ("serial", "processes", "dask")
@@ -61,10 +62,5 @@ class Orders:
     @contextmanager
     def given(self):
         "For the block, the `current` orders of this process and of those that it starts."
-        before = os.environ.get(_VARIABLE)
         told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        os.environ[_VARIABLE] = json.dumps(told)
-        try: yield self
-        finally:
-            if before is None: os.environ.pop(_VARIABLE)
-            else: os.environ[_VARIABLE] = before
+        with environment(**{_VARIABLE: json.dumps(told)}): yield self

@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'UNSAID', 'SEEDS', 'AS_IT_IS', 'CLASSES', 'EACH', 'STAMP', '
            'least', 'aside', 'note', 'report', 'told', 'few', 'stand_in', 'stamped']
 
 # %% ../../nbs/reproduce/825_rehearsal.ipynb #17394492
-import json, os, tempfile
+import json, tempfile
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from inspect import signature
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from ..core import generator_of
 from ..data import Arrays, as_bytes, data_set, DataSet, ImageSet
-from ..files import kept, writing
+from ..files import environment, kept, writing
 from ..folders import Folder
 from ..models import MODELS, Net
 from .orders import Orders
@@ -91,12 +91,9 @@ def aside():
     if not rehearsing():
         yield
         return
-    place, before = kept("rehearsal"), os.environ.get("RDD_STORE")
+    place = kept("rehearsal")
     with writing(place): place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        os.environ["RDD_STORE"] = str(Path(folder)/"cells")
-        try: yield
-        finally: os.environ.pop("RDD_STORE") if before is None else os.environ.update(RDD_STORE=before)
+    with tempfile.TemporaryDirectory(dir=place) as folder, environment(RDD_STORE=str(Path(folder)/"cells")): yield
 
 # %% ../../nbs/reproduce/825_rehearsal.ipynb #ca7746c9
 def note(**what) -> None:

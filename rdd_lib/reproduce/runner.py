@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..core import BrokenFile, MissingData, RddError, check, lookup, typed
 from ..extras import needed
-from ..files import atomic, writing
+from ..files import atomic, environment, writing
 from .figures import of_256_colours
 from .orders import Orders
 from .rehearsal import aside, LEAST, least, rehearsing, report, STAMP, told as rehearsed
@@ -100,9 +100,7 @@ def this_python():
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder)/"kernels"/"python3").mkdir(parents=True)
         (Path(folder)/"kernels"/"python3"/"kernel.json").write_text(json.dumps(spec))
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
-        try: yield "python3"
-        finally: os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
+        with environment(JUPYTER_PATH=os.pathsep.join(filter(None, [folder, before]))): yield "python3"
 
 # %% ../../nbs/reproduce/87_runner.ipynb #7464d24f
 _BAR = re.compile(r"\d+%\||\[\d+:\d\d(:\d\d)?[<,\]]")             # what every tqdm bar holds: '50%|' or '[00:01<'
