@@ -15,7 +15,7 @@ from rdd_lib.data import load
 from rdd_lib.reproduce.cells import compressed, made, needs_set
 from rdd_lib.reproduce.foreseen import foresee
 from rdd_lib.reproduce.index import finished, kind_of, Listing
-from rdd_lib.reproduce.plan import bill, bill_text, hours, Work
+from rdd_lib.reproduce.plan import bill, bill_text, hours, ToDo
 from rdd_lib.reproduce.runner import chosen, parameters_for, items, PROFILES
 from rdd_lib.reproduce.sizes import set_bytes, size_of
 from rdd_lib.reproduce.store import CellKey, CellStore
@@ -103,7 +103,7 @@ def test_the_interval_holds_what_comes():
     inside = 0
     for _ in range(400):
         a, b = (50 + 10 * torch.randn(n, generator=g, dtype=torch.float64) for n in (4, 25))
-        h = hours([Work(20, tuple(a[:4].tolist())), Work(15, tuple(b[:10].tolist()))])
+        h = hours([ToDo(20, tuple(a[:4].tolist())), ToDo(15, tuple(b[:10].tolist()))])
         come = (50 + 10 * torch.randn(20, generator=g, dtype=torch.float64)).sum() + b[10:].sum()
         inside += h["lo"] <= come / 3600 <= h["hi"]
     assert .92 < inside / 400 < .98
