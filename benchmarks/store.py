@@ -1,5 +1,7 @@
 """A store of many results: how long it takes to list it, to read what its cells took, and to plan from that; beside
-them what reading records as results takes, and what `run_grid` takes for cells that do nothing.
+them what reading records as results takes, and cells that do nothing: with `run_grid`, with Dask on two workers here
+(the driver's share of the processor), and a worker who claims each, looks for it and writes it, or who only sends it
+back.
 
 The records are of the kinds that a table of the first paper has, and of the size of theirs. Fastest of the repeats.
 
@@ -20,6 +22,7 @@ from rdd_lib.reproduce.executors import cores
 from rdd_lib.reproduce.grid import run_grid
 from rdd_lib.reproduce.index import finished, Listing
 from rdd_lib.reproduce.mcs import mcs_cells
+from rdd_lib.reproduce.jobs import Errand, Job, work
 from rdd_lib.reproduce.plan import bill
 from rdd_lib.reproduce.store import CellKey, CellStore
 
@@ -51,6 +54,13 @@ def filled(folder, n):
                          "seconds": round(g.uniform(1, 100), 3)}
         (folder / key.file).write_text(json.dumps(told, indent=1) + "\n")
     return len(keys), sum(p.stat().st_size for p in folder.iterdir()) // n
+
+
+def at_work(cells, store, run=""):
+    "What a worker does with each cell; with the name of a run he is at the store, and writes."
+    errand = Errand.of(store, run)
+    if run: errand.open()
+    for cell in cells: work(Job.of(empty, cell), errand)
 
 
 def fastest(do, repeats):
@@ -92,12 +102,18 @@ def main():
         measure("read as results", len(few), lambda: [CellStore().record(folder / name) for name in few])
         cells = [dict(n=n) for n in range(asked.cells)]
         empties = iter(range(100))
-        measure("run_grid, serial, empty cells", asked.cells,
-                lambda: run_grid(cells, empty, CellStore(Path(place) / f"empty{next(empties)}"), executor="serial"))
+        def fresh(): return CellStore(Path(place) / f"empty{next(empties)}")
+        for executor in ("serial", "dask"):
+            measure(f"run_grid, {executor}, empty cells", asked.cells,
+                    lambda how=executor: run_grid(cells, empty, fresh(), how))
+        measure("worker, sends results back", asked.cells, lambda: at_work(cells, fresh()))
+        measure("worker, writes results", asked.cells, lambda: at_work(cells, fresh(), "run"))
         done = CellStore(Path(place) / "empty0")
         measure("run_grid, serial, finished ones", asked.cells, lambda: run_grid(cells, empty, done, executor="serial"))
     table = pd.DataFrame(rows, columns=["what", "records", "seconds", "processor_seconds", "cores"])
     if asked.out: save_table(table, asked.out)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    import store                     # whose `empty` other processes can import, which they cannot of a script
+    store.main()

@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 from dataclasses import field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 import numpy as np
 import torch
@@ -190,6 +190,8 @@ def _told(f, value):
 
 def describe(o) -> object:
     "Nested plain data that names `o` and every setting in it: what is hashed for a cache key and saved as provenance."
+    if isinstance(o, float) and not isfinite(o): return str(o)          # JSON has no infinity
+    if isinstance(o, (int, float, str, bool, type(None))): return o
     kind = {"is": type(o).__name__}
     if hasattr(o, "fingerprint"):                                       # a data set is named, not spelled out
         return kind | {"name": o.name, "images": len(o), "fingerprint": o.fingerprint}
@@ -198,8 +200,6 @@ def describe(o) -> object:
         return kind | {f.name: describe(value) for f, value in own if _told(f, value)}
     if isinstance(o, dict): return {str(k): describe(v) for k, v in sorted(o.items())}
     if isinstance(o, (list, tuple)): return [describe(v) for v in o]
-    if isinstance(o, float) and not np.isfinite(o): return str(o)       # JSON has no infinity
-    if isinstance(o, (int, float, str, bool, type(None))): return o
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, Path): return o.name                               # where it lies says nothing
     raise BadArgument(f"a setting must be plain data or a dataclass of plain data, got {type(o).__name__}: {o!r:.80}")

@@ -221,6 +221,11 @@ class DaskPool:
 
     def call_back(self, futures): self.client.cancel(list(futures), force=True)
 
+    def close(self):
+        "It stops to listen first: the scheduler would tell a client of its own end, and log that nobody heard it."
+        if self.client.status == "running": self.client.unsubscribe_topic("all")
+        self.client.close()
+
 def _insist(call, *args, times: int = 10):
     "Once more where a worker is lost just then: the scheduler asks all of them."
     for left in reversed(range(times)):
@@ -292,4 +297,4 @@ def _pool_of(where, orders, threads, one_gpu):
     pool = DaskPool(client, orders.limit, prepare_worker(threads, one_gpu))
     logging.getLogger(__name__).warning("Dask's dashboard: %s", pool.dashboard)
     try: yield pool
-    finally: pool.client.close()
+    finally: pool.close()
