@@ -45,7 +45,7 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
     from rdd_lib.reproduce.orders import Orders
     asked = parse_settings(set_)
     orders = Orders(executor, cluster, settings, workers, share, part, keep_going, limit, rehearse)
-    if plan: return _say_plan(item, profile, asked, resume, as_json)
+    if plan: return _say_plan(orders, item, profile, asked, resume, as_json)
     made = _reproduced(orders, item, profile, asked, figures, resume)
     for path in made: _say_made(path)
     if rehearse: _say_rehearsed(made)
@@ -58,10 +58,10 @@ def _reproduced(orders, item, profile, asked, figures, resume):
     from rdd_lib.reproduce.runner import reproduce as run
     return run(item, profile, asked, figures, resume, orders=orders)
 
-def _say_plan(item, profile, settings, resume, as_json):
+def _say_plan(orders, item, profile, settings, resume, as_json):
     "What there is to do, and its price."
     from rdd_lib.reproduce.plan import bill, bill_text
-    found = bill(item, profile, settings, resume)
+    found = bill(item, profile, settings, resume, orders.share_of)
     typer.echo(json.dumps(found, indent=1) if as_json else bill_text(found))
 
 def _say_rehearsed(paths):

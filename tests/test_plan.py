@@ -14,6 +14,7 @@ from rdd_lib.core import BadArgument, UnknownName
 from rdd_lib.data import load
 from rdd_lib.reproduce.cells import compressed, made, needs_set
 from rdd_lib.reproduce.foreseen import foresee
+from rdd_lib.reproduce.grid import part_of
 from rdd_lib.reproduce.index import finished, kind_of, Listing
 from rdd_lib.reproduce.plan import bill, bill_text, hours, ToDo
 from rdd_lib.reproduce.runner import chosen, parameters_for, items, PROFILES
@@ -95,6 +96,19 @@ def test_hours_are_those_of_finished_cells_of_the_same_kind():
     assert (mcs["to_do"], mcs["no_cell_of_this_kind"], mcs["processor"], mcs["hint"]) == (4, 4, None, None)
     assert plan["total"]["no_cell_of_this_kind"] == 4 and plan["total"]["processor"]["cells"] == 1
     assert "no cell of this kind yet (4 of 5)" in bill_text(plan)
+
+
+def test_a_plan_of_a_part_has_its_cells_and_what_they_need():
+    "The set of MCS, which its students share, belongs to each part that has one of them."
+    keys, found = cells_of()
+    sets, students = (grid.keys for grid in found.grids)
+    for k in (1, 2, 3):
+        mine = [key for key in students if part_of(key.digest, (k, 3))]
+        mcs = any(key.arguments["method"]["is"] != "Random" for key in mine)
+        plan = bill("mcs/fig2", settings=SMALL, part=(k, 3))
+        assert plan["total"]["to_do"] == len(mine) + mcs and plan["part"] == f"{k}/3"
+        assert f"part {k}/3 of mcs/fig2" in bill_text(plan)
+    assert bill("mcs/fig2", settings=SMALL)["part"] == ""
 
 
 def test_the_interval_holds_what_comes():

@@ -11,11 +11,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from types import CodeType
 from ..core import digest, MissingData
-from .grid import run_grid
+from .grid import part_of, run_grid
 from .index import Listing, SEEDS
 from .jobs import in_order, Job
 from .page import PLANNING
-from .runner import _cells, Item
+from .runner import Item, notebook_cells
 from .store import CellKey, CellStore
 
 # %% ../../nbs/reproduce/873_foreseen.ipynb #9f4c59b3
@@ -114,11 +114,12 @@ _Unknown = type("_Unknown", (), {"__doc__": "What a statement would have bound."
 
 class _Results:
     "The rows of a grid, read when they are looked at."
-    def __init__(self, grid, listing): self.grid, self.listing, self.rows = grid, listing, None
+    def __init__(self, jobs, listing): self.jobs, self.listing, self.rows = jobs, listing, None
     def read(self):
         if self.rows is not None: return self.rows
-        if not self.listing.names.issuperset(self.grid.files): raise NotYet()
-        self.rows = run_grid(self.grid.cells, self.grid.fn, CellStore(self.listing.folder), self, progress=False)
+        if not self.listing.names.issuperset(job.key.file for job in self.jobs): raise NotYet()
+        cells, fn = [job.cell for job in self.jobs], self.jobs[0].fn if self.jobs else None
+        self.rows = run_grid(cells, fn, CellStore(self.listing.folder), self, progress=False)
         return self.rows
     def submit(self, *args): raise NotYet()                      # of a file that turns out to be broken
     def __iter__(self): return iter(self.read())
@@ -148,6 +149,7 @@ class Foreseen:
     "What a page would run."
     listing: Listing
     to_run: bool = False                 # data sets that are not at hand are left out, as when the page is run
+    part: tuple | None = None            # (3, 10): of the cells the third tenth, and what they need; None: all
     grids: list = field(default_factory=list)      # `Grid`s, in the order in which they are run
     data: dict = field(default_factory=dict)       # data sets that it looks for, in their order: name -> True
     waiting: int = 0                     # grids whose cells depend on results that are not there
@@ -156,7 +158,7 @@ class Foreseen:
     def sources(self, page, asked):
         "For `Page.sources`: all of them, whether at hand or not, or as there."
         if self.to_run: return self._at_hand(page, asked)
-        found = {name: page.source(name) + sep + images for name, sep, images in (one.partition(":") for one in asked)}
+        found = page.ours(asked)
         self.data |= dict.fromkeys(found.values(), True)
         return found
 
@@ -172,16 +174,17 @@ class Foreseen:
         jobs = [Job(fn, c, key) for c, key in zip(cells, _keys(fn, cells))]
         named = {digest(c["method"]): label for label, c in zip(reversed(labels), reversed(cells)) if c.get("method")}
         own, first = {job.digest for job in jobs}, {}
-        for job in in_order(jobs):
+        mine = {d for d in own if self.part is None or part_of(d, self.part)}
+        for job in in_order(jobs, mine):
             if job.digest not in own: first.setdefault(job.fn, []).append(job)
         for some in first.values(): self._grid(some, [named.get(digest(job.cell.get("method"))) for job in some])
-        return _Results(self._grid(jobs, labels), self.listing)
+        self._grid(*zip(*((job, label) for job, label in zip(jobs, labels) if job.digest in mine)))
+        return _Results(jobs, self.listing)
 
-    def _grid(self, jobs, labels):
-        grid = Grid(jobs, [label or _usual(job.fn, job.cell) for label, job in zip(labels, jobs)])
+    def _grid(self, jobs=(), labels=()):
+        grid = Grid(list(jobs), [label or _usual(job.fn, job.cell) for label, job in zip(labels, jobs)])
         self.grids.append(grid)
         self.data |= {c["data"]: True for c in grid.cells if isinstance(c.get("data"), str)}
-        return grid
 
 def _label(cell):
     "What stands before the arguments: a `Row`, or words."
@@ -207,9 +210,10 @@ def foresee(item: Item,
             parameters: dict,            # of the notebook
             listing: Listing,            # which results are there
             to_run: bool = False,        # without data sets that are not at hand
+            part: tuple[int, int] | None = None,   # (3, 10): of the cells the third tenth, and what they need
            ) -> Foreseen:
     "The grids of a page, in a second or two. Raises what the page raises for parameters that make no sense."
-    found, (before, after) = Foreseen(listing, to_run), _statements(item.path)
+    found, (before, after) = Foreseen(listing, to_run, part), _statements(item.path)
     names = {"__name__": "__main__", "__builtins__": builtins, "display": lambda *shown: None}
     mode = PLANNING.set(found)
     try:
@@ -222,7 +226,7 @@ def foresee(item: Item,
 
 def _statements(path):
     "Of a notebook: up to its parameters, and after them."
-    cells = [(source, "parameters" in tags) for kind, source, tags in _cells(path) if kind == "code"]
+    cells = [(source, "parameters" in tags) for kind, source, tags in notebook_cells(path) if kind == "code"]
     first = next((n for n, (_, tagged) in enumerate(cells) if tagged), 0) + 1
     return [[_Statement(node) for source, _ in part for node in ast.parse(source).body]
             for part in (cells[:first], cells[first:])]

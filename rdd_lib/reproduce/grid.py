@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import product as _combinations
+from textwrap import shorten
 from ..core import RddError, describe, flat, lookup, progress as bar_over
 from .jobs import Errand, in_order, Job
 from .orders import Orders
@@ -142,11 +143,14 @@ def _how(pool):
     return {"executor": getattr(pool, "name", type(pool).__name__), "dashboard": getattr(pool, "dashboard", "")}
 
 def _all_failed(run, tally):
-    lines = [f"- {run.jobs[d]}: {what(e)}" for d, e in run.errors.items()]
+    lines = [f"- {_short(run.jobs[d], 150)}: {_short(what(e), 300)}" for d, e in run.errors.items()]
     more = [f"- and {len(lines) - 10} more"] if len(lines) > 10 else []
-    error = CellError("\n".join([f"{tally}. These cells failed:", *lines[:10], *more]))
+    whole = f"All of it, with what Python said: {Work(run.store.folder).folder / 'failed'}"
+    error = CellError("\n".join([f"{tally}. These cells failed:", *lines[:10], *more, whole]))
     error.__cause__ = next(iter(run.errors.values()))
     return error
+
+def _short(o, width): return shorten(str(o), width, placeholder=" ...")
 
 class _Shown:
     "The bar and the note of a run."

@@ -51,15 +51,19 @@ class Page:
         "The data set that stands for the paper's in this profile: `smoke` needs no download."
         return "mnist5k" if (self.profile, data) == ("smoke", "mnist") else data
 
+    def ours(self, asked) -> dict:   # as for `sources`
+        "The paper's name -> ours, with the number of images behind it."
+        return {name: self.source(name) + sep + images for name, sep, images in (one.partition(":") for one in asked)}
+
     def sources(self, asked,   # the paper's data sets, "mnist:400" for so many of its training images; empty: what
                                # the profile says
                 **usual,       # profile -> data sets; where it is not named: mnist
                ) -> dict:      # the paper's name -> ours
         "The data sets that are at hand. The others are left out, and it is said so. Raises `MissingData` for none."
-        if plan := PLANNING.get(): return plan.sources(self, list(asked) or usual.get(self.profile, ["mnist"]))
+        asked = list(asked) or usual.get(self.profile, ["mnist"])
+        if plan := PLANNING.get(): return plan.sources(self, asked)
         found, absent = {}, None
-        for name, sep, images in (one.partition(":") for one in list(asked) or usual.get(self.profile, ["mnist"])):
-            part = self.source(name) + sep + images
+        for name, part in self.ours(asked).items():
             try: print(name, "->", *(dataset(part, split) for split in ("train", "test")))
             except MissingData as e:
                 self.missing.add(name)

@@ -8,12 +8,13 @@ __all__ = ['ToDo', 'hours', 'bill', 'bill_text', 'size_told']
 # %% ../../nbs/reproduce/874_plan.ipynb #1507e9e5
 from collections import Counter
 from dataclasses import dataclass
-from math import sqrt
+from math import fsum, sqrt
 from ..core import digest, lookup, MissingData, RddError
 from ..files import kept, opened
 from .cells import made
 from .foreseen import foresee
 from .index import finished, kind_of, Listing
+from .jobs import with_needs
 from .runner import chosen, parameters_for, PROFILES
 from .sizes import set_bytes, size_of
 from .store import CellKey
@@ -26,23 +27,23 @@ class ToDo:
     took: tuple                          # a finished cell each: processor seconds, or seconds of a GPU
 
     @property
-    def seconds(self) -> float: return self.cells * sum(self.took) / len(self.took)
+    def seconds(self) -> float: return self.cells * fsum(self.took) / len(self.took)
 
     @property
     def variance(self) -> float | None:  # of the sum over the cells; None: of a single one
-        n, mean = len(self.took), sum(self.took) / len(self.took)
+        n, mean = len(self.took), fsum(self.took) / len(self.took)
         if n == 1: return None
-        return sum((t - mean)**2 for t in self.took) / (n - 1) * (self.cells + self.cells**2 / n)
+        return fsum((t - mean)**2 for t in self.took) / (n - 1) * (self.cells + self.cells**2 / n)
 
 def hours(works: list[ToDo]) -> dict | None:
     "`hours` with `lo` and `hi` (None where no kind has a spread), `cells`, and `single`: those whose kind has none."
     if not works: return None
-    total = sum(w.seconds for w in works)
+    total = fsum(w.seconds for w in works)
     found = {"hours": total / 3600, "lo": None, "hi": None, "cells": sum(w.cells for w in works),
              "single": sum(w.cells for w in works if w.variance is None)}
     spread = [(w.variance, len(w.took) - 1) for w in works if w.variance is not None]
     if not spread: return found
-    variance = sum(v for v, _ in spread)
+    variance = fsum(v for v, _ in spread)
     half = 0.
     if variance:
         from scipy.special import stdtrit
@@ -81,7 +82,7 @@ def _hint(cells, took, near):
     "Of cells without a finished one of their kind, the mean of their neighbours."
     looks = Counter(_look(c.key) for c in cells if c.kind not in took)
     seconds = [s for look in looks for s in near.get(look, ())]
-    return {"cells": len(seconds), "seconds_each": sum(seconds) / len(seconds)} if seconds else None
+    return {"cells": len(seconds), "seconds_each": fsum(seconds) / len(seconds)} if seconds else None
 
 # %% ../../nbs/reproduce/874_plan.ipynb #d2714a4f
 @dataclass(frozen=True)
@@ -120,18 +121,11 @@ def _page(item, found, cells, took, near):
 
 # %% ../../nbs/reproduce/874_plan.ipynb #947dde79
 def _sets(foreseen, listing):
-    "(data set, method, budget, its cell of `made`) of the sets that cells to do need and that are not made."
-    seen, found = {}, {}
-    for grid in foreseen:
-        for c, file in zip(grid.cells, grid.files):
-            if file in listing.names or c.get("method") is None or not c.get("ipc"): continue
-            one = {k: c[k] for k in ("data", "ipc", "set_seed", "device", "method") if k in c}
-            seen[(*(one.get(k) for k in ("data", "ipc", "set_seed", "device")), id(c["method"]))] = one
-    for one in seen.values():
-        for method in filter(None, (one["method"], one["method"].unlabelled)):
-            file = CellKey.of(made, **one | {"method": method}).file
-            if file not in listing.names: found[file] = one["data"], method, one["ipc"]
-    return [*found.values()]
+    "(data set, method, budget) of the sets that cells to do need and that are not made."
+    to_do = [job for grid in foreseen for job in grid.jobs if job.key.file not in listing.names]
+    needed, _ = with_needs(to_do)
+    return [(job.cell["data"], job.cell["method"], job.cell["ipc"]) for job in needed.values()
+            if job.fn is made and job.key.file not in listing.names]
 
 def _kept_sets(wanted):
     "(data set, digest of the method, budget) -> bytes of the sets that are kept."
@@ -184,10 +178,11 @@ def bill(item: str = "all",           # '<paper>/<name>', '<paper>', or 'all'
          profile: str = "smoke",      # one of `PROFILES`
          settings: dict | None = None,   # as of `reproduce`
          resume: bool = True,         # False: finished cells would be computed again
+         part: tuple[int, int] | None = None,   # (3, 10): the third tenth of the cells, and what they need
         ) -> dict:
     """What `reproduce` would do, and its price, as plain data. Nothing is computed, written or downloaded.
 
-    - `schema`: "rdd_lib.plan/1"; `item`, `profile`, `settings`, `store`: the folder of the records
+    - `schema`: "rdd_lib.plan/1"; `item`, `profile`, `settings`, `part`, `store`: the folder of the records
     - `pages`: of each `name`, `title`, `rows`, `depending` (grids whose cells depend on results that are not there),
       `lacking` (what could not be foreseen), and what every row has
     - a row: `method`, `data`; `done`, `to_do`: cells; `processor`, `gpu`: None or `hours` with `lo` and `hi` (None: no
@@ -202,14 +197,14 @@ def bill(item: str = "all",           # '<paper>/<name>', '<paper>', or 'all'
     everything = Listing.of()
     listing = everything if resume else Listing(everything.folder, frozenset())
     asked = [(i, parameters_for(i, profile, settings or {}, "", resume)) for i in chosen(item)]
-    pages = [(i, foresee(i, parameters, listing)) for i, parameters in asked]
+    pages = [(i, foresee(i, parameters, listing, part=part)) for i, parameters in asked]
     cells = [_cells_of(found, listing) for _, found in pages]
     all_cells = {d: c for mine in cells for d, c in mine.items()}
     functions = {file.rpartition("-")[0] for file, c in all_cells.items() if not c.done}
     took = finished(everything, functions) if functions else {}
     near, grids = _neighbours(took), [grid for _, found in pages for grid in found.grids]
     return {"schema": "rdd_lib.plan/1", "item": item, "profile": profile, "settings": settings or {},
-            "store": str(everything.folder),
+            "part": "/".join(map(str, part or ())), "store": str(everything.folder),
             "pages": [_page(i, found, mine, took, near) for (i, found), mine in zip(pages, cells)],
             "total": _row([*all_cells.values()], took, near),
             "disk": _disk(all_cells, grids, listing, took), "downloads": _downloads(pages)}
@@ -260,7 +255,8 @@ def size_told(n: int | None) -> str:   # bytes
 def _sum_told(plan):
     "The last lines."
     total, disk = plan["total"], plan["disk"]
-    yield (f"{plan['item']}, profile {plan['profile']}: {total['done']:,} cells done, {total['to_do']:,} to do "
+    part = f"part {plan['part']} of " if plan["part"] else ""
+    yield (f"{part}{plan['item']}, profile {plan['profile']}: {total['done']:,} cells done, {total['to_do']:,} to do "
            "(each counted once)")
     if total["to_do"]:
         yield f"  hours      {_price(total | {'hint': None})}"
