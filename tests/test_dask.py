@@ -1,5 +1,6 @@
 """Cells on Dask: a scheduler and two nodes as separate processes. Workers, nodes, scheduler and driver are lost, and no
 result is; at most the cells in flight are done twice. `make test-all` does the long one twenty times, and longer."""
+import asyncio
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 import pytest
 from conftest import FULL
 from rdd_lib.reproduce.executors import TookTooLong
@@ -163,15 +165,17 @@ def batch_system(folder, **programs):
     return os.pathsep.join([str(folder), os.environ["PATH"]])
 
 
-def on_slurm(store, log, path, folder):
+def on_slurm(store, log, path, folder, n=3, seconds=0., hours=24., before=""):
     "A driver that submits two jobs."
-    (folder / "cluster.toml").write_text("[slurm]\njobs = 2\n")
+    (folder / "cluster.toml").write_text(f"[slurm]\njobs = 2\nhours = {hours}\n")
     where = f"settings={str(folder / 'cluster.toml')!r}"
     return python(f"""
         import os
+        from rdd_lib.reproduce import cluster
         from rdd_lib.reproduce.orders import Orders
         os.environ["PATH"] = {path!r}
-        cells = product(i=range(3), log=log)
+        {before}
+        cells = product(i=range({n}), log=log, seconds={seconds})
         run_grid(cells, square, store, "dask", progress=False, orders=Orders(cluster="slurm", {where}))
         """, store, log, stderr=subprocess.PIPE)
 
@@ -186,6 +190,57 @@ def test_a_batch_system_that_takes_no_job_is_an_error(tmp_path, programs, told):
     one = on_slurm(CellStore(tmp_path / "cells"), str(tmp_path / "log"), path, tmp_path)
     error = one.communicate(timeout=120)[1]
     assert one.returncode == 1 and "NotSubmitted: slurm does not take the job" in error and told in error, error
+
+
+SHORT_JOBS = """#!/bin/sh
+cp $1 $1.{name}.copy
+(timeout -s KILL 30 sh $1.{name}.copy; rm $1.{name}.copy) >/dev/null 2>&1 &
+echo submitted >> {folder}/submitted
+echo Submitted batch job 7
+"""
+
+
+@pytest.mark.skipif(not FULL, reason="a minute; make test-all")
+def test_a_job_whose_hours_are_over_is_submitted_again(tmp_path):
+    "The batch system gives each job eighteen seconds; its workers leave before."
+    pytest.importorskip("dask_jobqueue")
+    store, log = CellStore(tmp_path / "cells"), str(tmp_path / "log")
+    text = SHORT_JOBS.format(folder=tmp_path, name=os.getpid())
+    path = batch_system(tmp_path, sbatch=text, scancel="#!/bin/sh\n")
+    one = on_slurm(store, log, path, tmp_path, n=30, seconds=1., hours=.005, before="cluster.AWAY = cluster.SHORT = 2.")
+    error = one.communicate(timeout=300)[1]
+    assert one.returncode == 0 and "is over after 0.0 hours: it is submitted again" in error, error
+    jobs = (tmp_path / "submitted").read_text().count("submitted")
+    assert jobs > 2 and len(store) == 30 and len(begun(log)) <= 30 + jobs
+
+
+def test_jobs_that_lived_are_renewed_and_broken_ones_are_not(monkeypatch, caplog):
+    """Of the first one of two workers goes, of the second both; the third ends at once, the fourth loses its worker
+    and gets another (Dask's nanny)."""
+    from rdd_lib.reproduce import cluster
+    monkeypatch.setattr(cluster, "AWAY", .1)
+    monkeypatch.setattr(cluster, "SHORT", .2)
+
+    async def nothing(): pass
+    async def scale_down(jobs): gone.extend(jobs)
+    gone, asked = [], []
+    spec = dict.fromkeys(["job-1", "job-2", "job-3", "job-4"])
+    made = SimpleNamespace(worker_spec=spec, workers={}, status=SimpleNamespace(name="running"), scale_down=scale_down,
+                           scale=lambda jobs: asked.append(jobs), _correct_state=nothing)
+    names = {"a": "job-1-0", "b": "job-1-1", "c": "job-2-0", "d": "job-2-1", "e": "job-4", "f": "job-3", "g": "job-4"}
+    there = SimpleNamespace(workers={w: SimpleNamespace(name=name) for w, name in names.items()})
+
+    async def happens():
+        plugin = cluster.renewing(made, cluster.Cluster("slurm", jobs=4))
+        for w in "abcde": plugin.add_worker(there, w)
+        await asyncio.sleep(.3)
+        plugin.add_worker(there, "f")
+        for w in "acdef": plugin.remove_worker(there, w, stimulus_id="")
+        plugin.add_worker(there, "g")
+        await asyncio.sleep(.3)
+    asyncio.run(happens())
+    assert gone == ["job-2"] and asked == [4]
+    assert "job-3 ended after 0 seconds: it is not submitted again" in caplog.text
 
 
 def test_ctrl_c_while_jobs_wait_in_the_queue(tmp_path):
