@@ -42,7 +42,9 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
               limit: Optional[float] = typer.Option(None, rich_help_panel=_RUNNING, show_default=False,
                   help="seconds that a cell may take")):
     "Run the notebooks of a paper: numbers, pictures and the executed notebooks."
+    from rdd_lib.core import check
     from rdd_lib.reproduce.orders import Orders
+    check(plan or not as_json, "--json is for --plan: what is reproduced goes to files")
     asked = parse_settings(set_)
     orders = Orders(executor, cluster, settings, workers, share, part, keep_going, limit, rehearse)
     if plan: return _say_plan(orders, item, profile, asked, resume, as_json)
