@@ -27,7 +27,8 @@ HANGS = ("import subprocess, sys, time; print('begun', flush=True); "
 PRINTS = ("import os; from pathlib import Path; print('on {device}', os.environ['RDD_STORE']); "
           "Path('{out}/a.csv').write_text('1')")
 STAGES = [Stage("fails", 3, f'-c "{FAILS}"'), Stage("hangs", 3, f'-c "{HANGS}"'), Stage("prints", 94, f'-c "{PRINTS}"')]
-STOPPED = """import sys
+STOPPED = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)         # who is started by `nohup ... &` would not hear it
 sys.path.insert(0, 'benchmarks')
 import gpu
 from gpu import Stage
