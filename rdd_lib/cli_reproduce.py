@@ -27,7 +27,8 @@ def reproduce(item: str = named("papers", "mcs/fig2, mcs (all of a paper), or al
               rehearse: bool = typer.Option(False, "--rehearse", help="the whole way with every count cut to the least "
                                             "that runs: will it work?"),
               executor: str = typer.Option("", rich_help_panel=_RUNNING, show_default=False,
-                  help="serial, processes or dask; default: one cell after another"),
+                  help="serial, processes or dask; default: dask where a cluster is named, processes for several "
+                       "workers, else one cell after another"),
               cluster: str = typer.Option("local", rich_help_panel=_RUNNING,
                   help="for dask: local, the address of a scheduler, or a name in the settings, like slurm"),
               settings: str = typer.Option("", rich_help_panel=_RUNNING, show_default=False,

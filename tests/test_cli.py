@@ -176,6 +176,7 @@ def test_the_same_command_writes_the_same_bytes(rdd, tmp_path):
     ("show nowhere.safetensors", "no such file"), ("show broken.safetensors", "broken.safetensors"),
     ("score broken.safetensors", "not a compressed set"), ("reproduce mcs/fig9", "mcs/fig"),
     ("reproduce mcs/fig1 --profile fast", "smoke"), ("reproduce mcs/fig2 --json", "--json is for --plan"),
+    ("reproduce mcs/fig2 --executor serial --cluster slurm", "a cluster is for executor='dask', got"),
     ("reproduce mcs/fig2 --part 4/3", "from 1/10 to 10/10, got '4/3'"), ("list things", "unknown list 'things'")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(rdd, tmp_path, line, told):
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")

@@ -199,6 +199,16 @@ def test_nothing_can_be_written(tmp_path, log):
     assert not begun(log)
 
 
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+def test_the_driver_of_processes_shows_how_far_it_is(store, log, monkeypatch):
+    "In a log file, too; its workers show nothing."
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    code = "run_grid(product(i=range(3), log=log), square, store, 'processes', workers=1, threads=1)"
+    told = python(code, store, log, stderr=subprocess.PIPE).communicate(timeout=120)[1]
+    assert "square:   0%" in told and "0/3" in told and told.count("cell/s") == 1, told    # a line every ten seconds
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 def test_parts_join_in_the_store(store, log):

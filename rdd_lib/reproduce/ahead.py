@@ -32,7 +32,7 @@ def compute(item: str, orders: Orders, profile: str = "smoke", settings: dict | 
     known, store = set(), CellStore()
     how = dict(executor=orders.executor_or(), workers=orders.workers, orders=orders, on_error=orders.on_error)
     while jobs := [job for job in jobs_of(item, profile, settings, resume or bool(known)) if job.digest not in known]:
-        run_jobs(jobs, store, item, resume, **how)
+        run_jobs(jobs, store, " ".join(filter(None, [item, orders.part])), resume, **how)
         known |= {job.digest for job in jobs}
 
 def reproduce_ahead(item: str, orders: Orders, profile: str = "smoke", settings: dict | None = None,

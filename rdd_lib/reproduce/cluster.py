@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
-from ..core import BrokenFile, MissingData, RddError, check, lookup
+from ..core import BrokenFile, MissingData, RddError, check, lookup, typed
 from ..extras import needed
 from .executors import TRIES, capped, split_cores, too_long, visible_gpus
 from .orders import Orders
@@ -40,6 +40,10 @@ class Cluster:
 
     def __post_init__(self):
         lookup(self.scheduler, SCHEDULERS, "scheduler")
+        for f in fields(self):
+            if isinstance(f.default, (int, float, str)):
+                object.__setattr__(self, f.name, typed(f.name, f.default, getattr(self, f.name)))
+        check(re.fullmatch(r"[\d.]+ *[kMGT]i?B", self.memory), f"memory must read like '16GB', got {self.memory!r}")
         for name in ("jobs", "cores", "hours"):
             check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)!r}")
         check(self.gpus >= 0, f"gpus must not be negative, got {self.gpus!r}")
@@ -50,6 +54,7 @@ class Cluster:
 
     def workers(self, share: int = 1) -> int:
         "Of a job: one a GPU (`share`: so many), else one a core."
+        check(share > 0, f"share must be positive, got {share}")
         return self.gpus * share or self.cores
 
     def arguments(self, share: int = 1) -> dict:
@@ -78,7 +83,7 @@ def read_clusters(path: str = "",   # of the TOML file; empty: `cluster.toml` he
     "The clusters of a file by name, as `Cluster`s. Raises `MissingData`, `BrokenFile`, `BadArgument`."
     places = [Path(path)] if path else [Path("cluster.toml"), Path("~/.config/rdd_lib/cluster.toml").expanduser()]
     found = next((p for p in places if p.exists()), None)
-    check(found, f"no settings of clusters: {' or '.join(map(repr, map(str, places)))}", MissingData)
+    check(found, f"no settings of clusters: no file {' or '.join(map(repr, map(str, places)))}", MissingData)
     toml = needed("tomllib" if sys.version_info >= (3, 11) else "tomli", "cluster", "the settings of clusters")
     try: tables = toml.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise BrokenFile(f"cannot read {str(found)!r}: {e}") from None
@@ -111,10 +116,11 @@ def _jobqueue(cluster, share):
         "One that keeps why it was refused: dask-jobqueue would log that, and wait for its workers for ever."
         refused = None
         async def start(self):
-            try: await super().start()
+            try: return await super().start()
+            except FileNotFoundError as e: self.refused = f"there is no {e.filename!r} on this machine"
             except (OSError, RuntimeError, ValueError) as e:
                 self.refused = str(e).rpartition("stderr:")[2].strip() or e
-                self.status = Status.running                               # as if it were there
+            self.status = Status.running                                   # as if it were there
     return make(job_cls=Job, **cluster.arguments(share))
 
 @contextmanager

@@ -66,7 +66,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _start_worker(threads, gpu):
-    "What a worker process does first: see its own GPU alone, cap its threads, leave Ctrl-C to the parent, end with it."
+    "What a worker process does first: see its own GPU alone, cap its threads, leave the rest to its parent."
+    os.environ["TQDM_DISABLE"] = "1"
     if gpu is not None: os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -78,9 +79,9 @@ def _end_with_parent():
     os._exit(1)
 
 def capped(threads: int):
-    "Thread caps for processes started meanwhile, and no bars of theirs: the libraries read this when they are loaded."
+    "Thread caps for processes started meanwhile: the libraries read this when they are loaded."
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return environment(TQDM_DISABLE="1", **dict.fromkeys(names, str(threads)))
+    return environment(**dict.fromkeys(names, str(threads)))
 
 # %% ../../nbs/reproduce/81_executors.ipynb #6d5ba3c4
 TRIES = 2                            # that a cell has, when its process dies

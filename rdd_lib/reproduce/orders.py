@@ -35,6 +35,8 @@ class Orders:
             check(value is None or value > 0, f"{name} must be positive, got {value!r}")
         if self.cluster != "local" and not self.executor: object.__setattr__(self, "executor", "dask")
         if self.executor: lookup(self.executor, dict.fromkeys(EXECUTORS), "executor")
+        fits = self.cluster == "local" or self.executor == "dask"
+        check(fits, f"a cluster is for executor='dask', got executor={self.executor!r} and cluster={self.cluster!r}")
         if self.part: self.share_of
 
     @property
