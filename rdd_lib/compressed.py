@@ -125,8 +125,9 @@ def _labels_told(S):
 def _views_told(S):
     v, images = S.views, S.x.numel() * S.x.element_size()
     drawn = "drawn elsewhere" if v.drawn else f"seed {v.seed}"
-    shown = f"{v.epochs} epochs in batches of {v.batch}, {drawn}, temperature {v.temperature:g}"
-    keeps = {"logits": f"labels of {v.epochs * len(S):,} views", "teacher": "the teacher", "none": "no labels"}
+    again = "" if v.bank is None else f" of {v.bank} that differ"
+    shown = f"{v.epochs} epochs{again} in batches of {v.batch}, {drawn}, temperature {v.temperature:g}"
+    keeps = {"logits": f"labels of {v.answered * len(S):,} views", "teacher": "the teacher", "none": "no labels"}
     return f"{shown}; {keeps[v.store]} in {v.nbytes:,} bytes, images in {images:,} bytes"
 
 def _generator_told(S):

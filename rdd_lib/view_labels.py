@@ -10,10 +10,10 @@ __all__ = ['MODES', 'STORES', 'STUDENT', 'by_batch', 'answers', 'sizes_of', 'Vie
 import contextlib, hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from itertools import chain, islice, repeat
 import torch
 from torch import Tensor, nn
-from .core import BrokenFile, check, check_number, check_one_of, check_whole, digest
+from .core import BrokenFile, check, check_number, check_one_of, check_whole, describe, digest
 from .data import ImageSet
 from .models import eval_mode, Net, sent
 from .views import batch_sizes, check_tensors, from_tensors, showings, Shown, Views
@@ -57,7 +57,7 @@ class ViewLabels:
     "The views of some images, drawn again from a seed, and what a teacher says about them."
     views: Views
     seed: int                       # of the views: an epoch's are drawn from (seed, epoch)
-    epochs: int                     # how many were answered
+    epochs: int                     # how long students train
     batch: int                      # images in a batch: those that are mixed with each other
     temperature: float = 20.        # at which a student is to learn them
     scaled: bool = False            # by a loss times the temperature's square
@@ -65,21 +65,24 @@ class ViewLabels:
     images: str = ""                # fingerprint of the images
     net: dict | None = None         # the teacher's network: name and settings
     answered_by: str = ""           # digest of the teacher
-    logits: Tensor | None = None    # (epochs, N, K) float16, in the order of the images
+    logits: Tensor | None = None    # (answered, N, K) float16, in the order of the images
     teacher: nn.Module | None = field(default=None, repr=False)   # in their place
     drawn: dict | None = field(default=None, repr=False)   # what others drew, as from `as_tensors`; None: by the seed
     seal: str = ""                  # digest of logits and of what they answer: filled in
+    bank: int | None = None         # how many epochs differ: then they are shown again; None: all of them
 
     def __post_init__(self):
         for name in ("epochs", "batch"): check_whole(name, getattr(self, name))
         check_whole("seed", self.seed, 0)
         check_number("temperature", self.temperature, above=0)
         check_one_of("teacher_mode", self.teacher_mode, MODES)
+        if self.bank is not None: check_whole("bank", self.bank)
+        check(self.answered <= self.epochs, f"bank must be at most the number of epochs, {self.epochs}, got {self.bank}")
         if self.teacher is not None: self._check_teacher()
         if self.logits is None: return
         check(self.logits.dtype == torch.float16, f"logits of views must be float16, got {self.logits.dtype}")
-        check(self.logits.dim() == 3 and len(self.logits) == self.epochs,
-              f"logits of views must be (epochs, images, classes) with {self.epochs} epochs, "
+        check(self.logits.dim() == 3 and len(self.logits) == self.answered,
+              f"logits of views must be (epochs, images, classes) with {self.answered} epochs, "
               f"got {tuple(self.logits.shape)}")
         check(bool(self.logits.isfinite().all()), "logits of views must be finite in half precision (below 65504)")
         answers_to = {name: of for name, of in self.head().items() if name not in ("temperature", "scaled", "seal")}
@@ -92,6 +95,9 @@ class ViewLabels:
         found = digest_of({name: halved(t) for name, t in self.teacher.state_dict().items()})
         check(self.answered_by in ("", found),
               f"the teacher has digest {found}, these labels of views are by {self.answered_by}; give that teacher")
+
+    @property
+    def answered(self) -> int: return self.epochs if self.bank is None else self.bank      # epochs that differ
 
     @property
     def store(self) -> str:   # one of `STORES`
@@ -110,14 +116,17 @@ class ViewLabels:
               f"the set has {len(data)} of {data.n_classes}")
         check(self.images == data.fingerprint, "labels of views were made for other images (another fingerprint); "
               "relabel these")
-        if self.drawn: check_tensors(self.drawn, self.views, self.epochs, sizes_of(len(data), self.batch))
+        if self.drawn: check_tensors(self.drawn, self.views, self.answered, sizes_of(len(data), self.batch))
 
     def showings(self, data: ImageSet) -> Iterator[Shown]:
-        "Batch after batch of all epochs."
+        "Batch after batch of all epochs; those of a bank come again in the same order, under the same numbers."
         sizes = sizes_of(len(data), self.batch)
-        if self.drawn: return from_tensors(self.drawn, sizes)
-        endless = showings(self.views, len(data), data.shape[-1], sizes, self.seed)
-        return takewhile(lambda shown: shown.epoch < self.epochs, endless)
+        def once():
+            if self.drawn: return from_tensors(self.drawn, sizes)
+            endless = showings(self.views, len(data), data.shape[-1], sizes, self.seed)
+            return islice(endless, self.answered * len(sizes))
+        again = chain.from_iterable(once() for _ in repeat(None))
+        return islice(again, self.epochs * len(sizes))
 
     def of(self, shown: Shown,
            views: Tensor,       # (B, C, H, W): what the student sees
@@ -139,8 +148,9 @@ class ViewLabels:
     def head(self) -> dict:
         "All else, as plain data."
         rest = ("seed", "epochs", "batch", "temperature", "scaled", "teacher_mode", "images", "net", "answered_by")
-        seal = {"seal": self.seal} if self.seal else {}
-        return {"views": asdict(self.views)} | {name: getattr(self, name) for name in rest} | seal
+        seal = {name: value for name in ("seal", "bank") if (value := getattr(self, name))}
+        views = {name: value for name, value in asdict(self.views).items() if name in describe(self.views)}
+        return {"views": views} | {name: getattr(self, name) for name in rest} | seal
 
 def halved(t: Tensor) -> Tensor: return t.half() if t.is_floating_point() else t.clone()
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ..compressed import Compressed
 from ..compressor import Compressor, STORY
-from ..core import check, check_one_of, digest, progress, subseed
+from ..core import check, check_one_of, digest, later, progress, subseed
 from ..coresets.random import Random
 from ..data import as_bytes, ImageSet, pixels
 from ..files import Checkpoint
@@ -35,6 +35,7 @@ class Relabel:
     teacher_mode: str = "eval"     # or "batch": its batch norms go by the batch at hand (CV-DD, Cui et al. 2025)
     store: str = "logits"          # one of `STORES`: the answers, the teacher, or neither
     student: dict = field(default_factory=STUDENT.copy)   # further settings of the student's `Trainer`
+    bank: int | None = later(None)   # how many epochs of views differ, then they are shown again; None: all of them
 
     def __post_init__(self):
         check_one_of("store", self.store, STORES)
@@ -46,7 +47,8 @@ class Relabel:
     def _labels(self, images, answered_by, **more):
         return ViewLabels(**{"views": self.views, "seed": 0, "epochs": self.epochs, "batch": self.batch,
                              "temperature": self.temperature, "scaled": self.scaled,
-                             "teacher_mode": self.teacher_mode, "images": images, "answered_by": answered_by} | more)
+                             "teacher_mode": self.teacher_mode, "images": images, "answered_by": answered_by,
+                             "bank": self.bank} | more)
 
     def __call__(self, teacher: nn.Module,
                  net: Net,                       # what the teacher is, for a set that keeps it
@@ -71,16 +73,17 @@ def _check_width(asked, data):
     check(width == (data.n_classes,), f"the teacher must answer with {data.n_classes} logits, one for each class of "
           f"{data.name}, got {width}")
 
-def _logits(asked, data, checkpoint):   # (epochs, N, K) float16
+def _logits(asked, data, checkpoint):   # (answered, N, K) float16
     "The answers, epoch by epoch."
     note = Checkpoint(checkpoint, digest(asked.head()), "a relabelling", "teacher, views, seed or images")
     found = note.read()
     done = found[1]["done"] if found else 0
-    logits = found[0]["logits"] if found else torch.zeros(asked.epochs, len(data), data.n_classes).half()
+    logits = found[0]["logits"] if found else torch.zeros(asked.answered, len(data), data.n_classes).half()
     x, last = data.x.to(next(asked.teacher.parameters()).device), len(sizes_of(len(data), asked.batch))
     here = torch.zeros(len(data), data.n_classes, device=x.device, dtype=torch.float16)
-    bar = progress(total=asked.epochs, initial=done, desc="relabelling")
-    for n, shown in enumerate(itertools.islice(asked.showings(data), done * last, None), 1):
+    bar = progress(total=asked.answered, initial=done, desc="relabelling")
+    once = itertools.islice(asked.showings(data), done * last, asked.answered * last)
+    for n, shown in enumerate(once, 1):
         rows, = sent(x.device, shown.rows)
         here[rows] = asked.of(shown, asked.views.show(pixels(x[rows]), shown.drawn)).half()
         if n % last: continue
