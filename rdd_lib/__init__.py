@@ -18,6 +18,7 @@ _FACE = {
     "exports": "load_weights export",
     "coresets.random": "Random",
     "coresets.covering": "KCenterGreedy MinimalCoreset",
+    "coresets.class_means": "ClassMeans",
     "distill.distribution": "DistributionMatching",
     "distill.gradient": "GradientMatching",
     "distill.experts": "Experts",
