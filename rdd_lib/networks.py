@@ -87,15 +87,17 @@ class LeNet(nn.Module):
 
 # %% ../nbs/033_networks.ipynb #0a7e0101
 class StridedNet(nn.Module):
-    "Three [conv 3x3 of stride 2, batch norm, ReLU], each twice as wide as the one before, then linear: quick on a CPU."
+    "Three [conv 3x3 of stride 2, norm, ReLU], each twice as wide as the one before, then linear: quick on a CPU."
     def __init__(self, channels: int, classes: int, size: int,
-                 width: int = 16,   # channels of the first layer
+                 width: int = 16,      # channels of the first layer
+                 norm: str = "batch",  # one of `NORMS`
                 ):
         super().__init__()
         check_whole("width", width)
+        make_norm = lookup(norm, NORMS, "norm")
         blocks, side = [], size
         for before, here in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
-            blocks += [nn.Conv2d(before, here, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(here), nn.ReLU()]
+            blocks += [nn.Conv2d(before, here, 3, stride=2, padding=1, bias=False), make_norm(here), nn.ReLU()]
             side = (side + 1) // 2
         self.features = nn.Sequential(*blocks, nn.Flatten())
         self.classifier = nn.Linear(4 * width * side * side, classes)
