@@ -1,8 +1,11 @@
 """The distillers' shared loop, DM and DC: against plain loops written out here, across interruptions, on networks that
 look at a batch as a whole."""
+from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from rdd_lib.attacks.pgd import PGD
+from rdd_lib.attacks.threats import Linf
 from rdd_lib.augmentation import DSA, OPERATIONS, Scale, Siamese
 from rdd_lib.compressor import find_method
 from rdd_lib.published import load_compressed
@@ -10,11 +13,12 @@ from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, drawn, generator_of, subseed
 from rdd_lib.data import load
 from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of
-from rdd_lib.distill.distribution import DistributionMatching
+from rdd_lib.distill.distribution import DistributionMatching, FeatureMatching, waves
+from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching, distance
 from rdd_lib.distill.synthetic import RealBatches, State, first_images
 from rdd_lib.models import Net
-from rdd_lib.training.objectives import Standard
+from rdd_lib.training.objectives import Adversarial, Standard
 from rdd_lib.training.trainer import Trainer
 
 NARROW = Net("convnet", dict(width=6))
@@ -82,6 +86,108 @@ def test_dm_is_the_published_loss(digits):
         loss = loss + (net.embed(real(c, 20, g)).mean(0) - net.embed(u[y == c]).mean(0)).square().sum()
     plain = scale.pixels((u - .5 * torch.autograd.grad(loss, u)[0]).detach())
     assert (method.compress(digits, ipc=2, seed=1, device="cpu").x - plain).abs().max() < 1e-4
+
+
+EXPERTS = Experts(Adversarial(PGD(Linf(.1), 2)), n=2, epochs=2, batch=500, augment="")
+ROBUST = FeatureMatching(iterations=1, lr=.5, look="rows", experts=EXPERTS, attacked=PGD(Linf(.1), 2), augment="",
+                         gap="l1_squared", weight=.2, ce=3., **SMALL)
+WAVES = FeatureMatching(iterations=1, lr=.01, look="line", experts=EXPERTS, gap="characteristic", frequencies=50,
+                        weight=300., ce=1., factor=2, optimizer="adam", augment="", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def buffers(digits, tmp_path_factory):
+    "A folder with the experts."
+    folder = tmp_path_factory.mktemp("experts")
+    EXPERTS(NARROW, digits, folder=folder, device="cpu")
+    return folder
+
+
+def an_expert(draw, digits, buffers):
+    "The expert that a draw stands for: its rows, and the generator of where to look."
+    paths, g = EXPERTS(NARROW, digits, folder=buffers, device="cpu"), generator_of(draw, "look")
+    return paths.read(int(torch.randint(2, (), generator=g)), [0, 1, 2]), g
+
+
+def with_weights(digits, theta):
+    net = NARROW(digits, 5).train()
+    torch.nn.utils.vector_to_parameters(theta, net.parameters())
+    return net
+
+
+def test_a_robust_look_is_the_loss_written_out(digits, buffers):
+    scale = Scale(digits)
+    u, y = first_images(digits, [2] * 10, "real", scale, 1)
+    g, real, loss = generator_of(1, "iteration", 0), RealBatches(digits, scale), 0.
+    draw = drawn(g)
+    rows, where = an_expert(draw, digits, buffers)
+    net = with_weights(digits, rows[int(torch.randint(3, (), generator=where))])
+    u.requires_grad_()
+    for c in range(10):
+        Siamese("", digits.name, g)
+        x, own = scale.pixels(real(c, 20, g)), u[y == c]
+        x = scale.normalise(PGD(Linf(.1), 2)(net, x, torch.full((20,), c), generator_of(draw, "attack", c)))
+        gap = (net.model.embed(own).mean(0) - net.model.embed(x).mean(0).detach()).abs().sum() / 2
+        loss = loss + .2 * gap ** 2 + 3. * F.cross_entropy(net.model(own), y[y == c])
+    plain = scale.pixels((u - .5 * torch.autograd.grad(loss, u)[0]).detach())
+    made = ROBUST.compress(digits, ipc=2, seed=1, device="cpu", buffers=buffers)
+    assert (made.x - plain).abs().max() < 1e-4
+
+
+def enlarged(u):
+    "The four quarters of each image, above first."
+    quarters = [u[..., a:a + 14, b:b + 14] for a in (0, 14) for b in (0, 14)]
+    big = [F.interpolate(q, size=(28, 28), mode="bilinear", align_corners=False) for q in quarters]
+    return torch.stack(big, 1).flatten(0, 1)
+
+
+def test_a_look_on_the_line_is_the_loss_written_out(digits, buffers):
+    "The slope of Adam's first step is its sign; so the loss is compared, and that it went down."
+    scale, log = Scale(digits), []
+    x, _ = first_images(digits, [8] * 10, "real", scale, 1)
+    small = F.avg_pool2d(x, 2).view(20, 2, 2, 14, 14)
+    u = small.permute(0, 1, 3, 2, 4).reshape(20, 1, 28, 28)
+    g, real, loss = generator_of(1, "iteration", 0), RealBatches(digits, scale), 0.
+    draw = drawn(g)
+    rows, where = an_expert(draw, digits, buffers)
+    net = with_weights(digits, rows[0].lerp(rows[2], torch.rand((), generator=where)))
+    judge = with_weights(digits, rows[2])
+    t = torch.randn(96, 50, generator=generator_of(draw, "frequencies"))
+    for c in range(10):
+        Siamese("", digits.name, g)
+        own, goal = enlarged(u[2 * c:2 * c + 2]), real(c, 20, g)
+        phi = [torch.complex(*waves(net.model.embed(v), t).mean(0).view(2, -1)) for v in (own, goal)]
+        gap = ((phi[0] - phi[1]).abs() / 2 ** .5).mean()
+        loss = loss + 300 * gap + F.cross_entropy(judge.model(own), torch.full((8,), c))
+    made = WAVES.compress(digits, ipc=2, seed=1, device="cpu", buffers=buffers, log=log)
+    assert log == [pytest.approx(loss.item(), rel=1e-3)] and len(made) == 80
+    moved = (made.x - scale.pixels(enlarged(u))).abs().max()
+    assert 0 < moved <= .01 * scale.std.max() * 1.001
+
+
+def test_tiles_tell_where_they_began(digits, buffers):
+    first = DistributionMatching(iterations=1, **SMALL).compress(digits, ipc=4, device="cpu")
+    again = replace(WAVES, init=first).compress(digits, ipc=1, device="cpu", buffers=buffers)
+    assert again.provenance["tiles"] == {"stored": 10, "each_holds": 4, "images": 40}
+    assert again.provenance["start"]["fingerprint"] == first.fingerprint
+    with pytest.raises(BadArgument, match="init has 4 images of class 0, 8 are asked for"):
+        replace(WAVES, init=first).compress(digits, ipc=2, device="cpu", buffers=buffers)
+
+
+@pytest.mark.parametrize("method", [ROBUST, WAVES])
+def test_a_look_through_experts_goes_on_to_the_same_bytes(digits, buffers, method, tmp_path):
+    method, run = replace(method, iterations=5, augment=DSA), dict(ipc=2, device="cpu", buffers=buffers)
+    whole, noted = method.compress(digits, **run), dict(checkpoint=tmp_path / "run", every=1)
+    with pytest.raises(KeyboardInterrupt): method.compress(digits, **run, **noted, log=Unplugged(4))
+    assert torch.equal(method.compress(digits, **run, **noted).x, whole.x)
+
+
+def test_experts_are_an_ingredient(digits, own_store, tmp_path):
+    what, = ROBUST.ingredients
+    kept = what(digits, "cpu")
+    assert [p.exists() for p in kept.files] == [True] * 2 and not DistributionMatching().ingredients
+    assert ROBUST.compress(digits, ipc=2, device="cpu").x.isfinite().all()
+    assert {p.parent for p in kept.files} == {p.parent for p in tmp_path.rglob("expert_*")}
 
 
 class Unplugged(list):

@@ -378,7 +378,7 @@ def small(name):
     settings = dict(proxy=PROXY, net=NET, iterations=2, batch_real=8, outer=2, inner=1, extractors=1, student_steps=3,
                     expert_epochs=1, max_start=1, epochs=1, solver="lp")
     known = {f.name for f in dataclasses.fields(method)}
-    if hasattr(method, "experts"):
+    if getattr(method, "experts", None):
         objective = method.experts.objective
         if hasattr(objective, "attack"): objective = replace(objective, attack=replace(objective.attack, steps=2))
         settings["experts"] = replace(method.experts, n=1, epochs=1, batch=30, objective=objective)
