@@ -74,12 +74,13 @@ NAMES = {
     "methods": "random rand k_center_greedy kcg minimal_coreset mcs submodular submod craig gradmatch gradm glister "
                "glister_deepcore herding herd herding_deepcore relaxed_coreset rmcs grand el2n forgetting forget aum "
                "moderate ccs class_means means backprop_through_training dd distribution_matching dm "
-               "generative_distillation dim "
-               "gradient_matching dc gradient_matching_augmented dsa gradient_matching_curvature guard "
+               "generative_distillation dim gradient_matching dc gradient_matching_augmented dsa "
+               "gradient_matching_curvature guard "
                "gradient_matching_augmented_curvature guard_dsa trajectory_matching tm trajectory_matching_whitened "
                "tm_zca trajectory_matching_first_order tesla matching_adversarial_trajectories mat squeeze_recover "
                "sre2l squeeze_recover_curriculum cda squeeze_recover_curvature guard_sre2l "
-               "squeeze_recover_curriculum_curvature guard_cda relabelled robust_labels neural_feature_regression frepo",
+               "squeeze_recover_curriculum_curvature guard_cda relabelled robust_labels realistic_crops rded "
+               "neural_feature_regression frepo",
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",

@@ -40,9 +40,10 @@ def batches(n: int,                       # how many samples there are
 def _step(t): return .1 if t >= .5 else 1.
 def _cosine(t): return .5 * (1 + torch.cos(torch.tensor(t * torch.pi)).item())
 
-# "cosine_floor": down to a hundredth, as in FRePo; "step": x .1 at half, as in DC, DSA, DM
+# "cosine_floor": down to a hundredth, as in FRePo; "cosine_half": down to a half, as in RDED;
+# "step": x .1 at half, as in DC, DSA, DM
 SCHEDULES = {"constant": lambda t: 1., "cosine": _cosine, "cosine_floor": lambda t: .01 + .99 * _cosine(t),
-             "step": _step}
+             "cosine_half": lambda t: _cosine(t / 2), "step": _step}
 
 # %% ../../nbs/training/47_trainer.ipynb #4a5be001
 class Step(NamedTuple):
