@@ -77,7 +77,8 @@ class ViewLabels:
         check_number("temperature", self.temperature, above=0)
         check_one_of("teacher_mode", self.teacher_mode, MODES)
         if self.bank is not None: check_whole("bank", self.bank)
-        check(self.answered <= self.epochs, f"bank must be at most the number of epochs, {self.epochs}, got {self.bank}")
+        check(self.answered <= self.epochs,
+              f"bank must be at most the number of epochs, {self.epochs}, got {self.bank}")
         if self.teacher is not None: self._check_teacher()
         if self.logits is None: return
         check(self.logits.dtype == torch.float16, f"logits of views must be float16, got {self.logits.dtype}")

@@ -31,6 +31,7 @@ class Student:
     temperature: float           # of its answers
     lr_label: float              # with them
     views: Views | None = None   # with hard labels: how images are varied
+    views_adversarial: Views | None = None   # with hard labels, adversarially
     batch: int = 50
 
     def __post_init__(self):
@@ -46,7 +47,8 @@ class Student:
 
     def adversarial(self, threat: Threat, steps: int = 1000) -> Trainer:
         "Adversarial training against PGD-3, hard labels."
-        return self._trainer(steps, lr=self.lr_adversarial, objective=Adversarial(PGD(threat, 3)), views=self.views)
+        return self._trainer(steps, lr=self.lr_adversarial, objective=Adversarial(PGD(threat, 3)),
+                             views=self.views_adversarial)
 
     def mixed(self, steps: int = 1000) -> Trainer:
         "Cross-entropy on the views that labels answer to, with the labels mixed as the images are."

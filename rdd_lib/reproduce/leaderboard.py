@@ -81,7 +81,8 @@ def scored(data: str,
     kinds = {type(t) for t in threats}
     check(len(kinds) == 1 and list(threats) == sorted(threats, key=lambda t: t.eps),
           f"threats must be of one norm, the smallest radius first, got {threats}")
-    S, whole, test = compressed(data, method, ipc, set_seed, device), *(judges(data, judged_on, n) for n in (None, n_test))
+    S = compressed(data, method, ipc, set_seed, device)
+    whole, test = (judges(data, judged_on, n) for n in (None, n_test))
     begin = time.process_time()
     model = trainer(net, S, seed, device)
     seconds = time.process_time() - begin
