@@ -23,20 +23,20 @@ def kept(results: list[dict],   # of `leaderboard.scored`, one a set
     return np.stack([unpacked(r["clean_bits"] if at is None else r["rob_bits"][at], n) for r in results])
 
 # %% ../../nbs/reproduce/897_placings.ipynb #7fb336a8
-def placings(rows: dict,                # name -> results of `leaderboard.scored`, one a set; an empty list: a gap
-             sizes: dict | None = None, # name -> what `leaderboard.size_of` or `made` gave for one of its sets
-             at: int = -1,              # which radius
+def placings(rows: dict,      # name -> (results of `leaderboard.scored`, one a set; of `made`, for one set and what
+                              # comes before it); without the first a row is a gap
+             at: int = -1,    # which radius
              level: float = .95,
-            ):                          # DataFrame, the most robust first: row, place, tied, sets, clean, rob (with
-                                        # _lo, _hi; fractions), rob_sd over sets, images, kb, seconds; gaps at the end
+            ):                # DataFrame, the most robust first: row, place, tied, sets, clean, rob (with _lo, _hi;
+                              # fractions), rob_sd over sets, images, kb, seconds; gaps at the end
     "The rows of one table with their places. Raises `BadArgument` for rows judged by different images."
     import pandas as pd
-    there = {name: kept(results, at) for name, results in rows.items() if results}
+    there = {name: kept(results, at) for name, (results, _) in rows.items() if results}
     test = ranking(list(there.values()), level=level) if len(there) > 1 and _several(there) else None
     found, names = [], list(there)
     for n, (name, hits) in enumerate(there.items()):
         place = {} if test is None else {"place": test.rank[n], "tied": ", ".join(names[k] for k in test.tied(n))}
-        found.append({"row": name, **place, "sets": len(hits), **_scores(rows[name], hits), **_size(sizes, name)})
+        found.append({"row": name, **place, "sets": len(hits), **_scores(rows[name][0], hits), **_size(rows[name][1])})
     table = pd.DataFrame(found).sort_values("rob", ascending=False, kind="stable")
     gaps = pd.DataFrame({"row": [name for name in rows if name not in there]})
     return pd.concat([table, gaps], ignore_index=True) if len(gaps) else table.reset_index(drop=True)
@@ -51,11 +51,10 @@ def _scores(results, hits):
     return {"clean": right / n, "clean_lo": lo, "clean_hi": hi, "rob": hits.mean(), "rob_lo": rob_lo, "rob_hi": rob_hi,
             "rob_sd": spread}
 
-def _size(sizes, name):
-    told = (sizes or {}).get(name)
-    if not told: return {}
-    return {"images": told["images"], "kb": (told["image_bytes"] + told["label_bytes"]) / 1000} | (
-        {"seconds": told["seconds"]} if "seconds" in told else {})
+def _size(made):
+    if not made: return {}
+    bytes_ = made[-1]["image_bytes"] + made[-1]["label_bytes"]
+    return {"images": made[-1]["images"], "kb": bytes_ / 1000, "seconds": sum(m["seconds"] for m in made)}
 
 # %% ../../nbs/reproduce/897_placings.ipynb #48f879e4
 def placings_text(table) -> str:   # as from `placings`
