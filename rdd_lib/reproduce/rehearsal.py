@@ -32,13 +32,13 @@ LEAST = {
     "Experts.n": 1, "BackpropThroughTraining.nets": 1, "NeuralFeatureRegression.nets": 2, "extractors": 1,
     "targets": 2, "n_test": 10, "ipc": 2, "ks": 2, "points": 20, "samples": 200, "pool": 4, "crops": 2, "factor": 1,
     # how many at a time
-    "batch": 20, "batch_real": 2, "batch_syn": 10, "batch_net": 10, "match_batch": 10}
+    "batch": 20, "batch_real": 2, "batch_syn": 10, "batch_net": 10, "match_batch": 10, "frequencies": 20}
 
 UNSAID = {"outer", "inner", "student_steps"}     # where they are None, the authors' numbers count: cut as well
 
 SEEDS = {"seed", "set_seed"}                     # 0 and 1 stand for all: two, so that there is a spread
 
-AS_IT_IS = {"width", "depth", "convs", "noise", "pad", "jitter", "chunk", "norm", "widen"}   # no counts
+AS_IT_IS = {"width", "depth", "convs", "noise", "pad", "jitter", "chunk", "norm", "widen", "factor"}   # no counts
 
 # %% ../../nbs/reproduce/825_rehearsal.ipynb #427a153d
 def cut(o,                # arguments of a cell, or anything in them: dataclasses, dicts, tuples, numbers
