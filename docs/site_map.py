@@ -31,7 +31,8 @@ PAPERS = {"mcs": ("MCS", "Minimal coresets: Chen & Selvan, arXiv 2402.05675.", "
                           "strength"),
           "guard": ("GUARD, final version", "The curvature penalty in a squeeze: Xue et al., arXiv 2403.10045.",
                     "attribution"),
-          "mat": ("MAT", "Adversarial trajectories: Lai et al., arXiv 2503.12069.", "main")}
+          "mat": ("MAT", "Adversarial trajectories: Lai et al., arXiv 2503.12069.", "main"),
+          "beyond": ("Beyond the papers", "All methods under one protocol, and what robust labels add.", "leaderboard")}
 # The picture on top of a page, where it is not the first of those with its name.
 ON_TOP = {"papers/guard_early/fig2": "fig2_cifar10_GUARD"}
 # Notebooks without a number that have a place of their own, and the pages that are no notebook.

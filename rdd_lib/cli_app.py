@@ -86,7 +86,8 @@ NAMES = {
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",
-    "papers": "guard guard/adversarial guard/attribution guard/cost guard/imagenet guard/imagenette guard/tiny "
+    "papers": "beyond beyond/labels beyond/leaderboard beyond/rome guard guard/adversarial guard/attribution "
+              "guard/cost guard/imagenet guard/imagenette guard/tiny "
                "guard/transfer guard_early guard_early/adversarial guard_early/attacks guard_early/clean "
                "guard_early/fig1 guard_early/fig2 guard_early/proposition1 guard_early/strength guard_early/table1 "
                "guard_early/table2 mat mat/main mcs mcs/algorithm1 mcs/budget mcs/example1 mcs/fig1 mcs/fig2 "

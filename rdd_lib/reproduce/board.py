@@ -17,9 +17,9 @@ from ..views import Views
 
 # %% ../../nbs/reproduce/899_board.ipynb #5f049825
 TABLES = ("hard", "labels", "adversarial")
-REFERENCES = ("random", "class means", "all images", "random, hard labels", "all images, hard labels",
-              "the teacher itself, all images")
-IMAGES = ("random", "class means", "k-center, greedy", "minimal covering (MCS)", "DM", "MAT", "ROME, clean")
+REFERENCES = ("random", "class means", "all images", "random: hard labels", "all images: hard labels",
+              "the teacher itself")
+IMAGES = ("random", "class means", "k-center greedy", "minimal covering (MCS)", "DM", "MAT", "ROME clean")
 
 @dataclass(frozen=True)
 class Board:
@@ -61,26 +61,26 @@ class Board:
         s, methods = self.student, contenders(self.data, self.ipc)
         images = {name: methods[name] for name in IMAGES if name in methods}
         def labelled(method, **changes): return s.labelled(method, 10 * self.ipc, **changes)
-        found = {f"{name}, views": self.cells(labelled(method), s.listening()) for name, method in images.items()}
+        found = {f"{name}: views": self.cells(labelled(method), s.listening()) for name, method in images.items()}
         plain = dict(bank=1, store="logits", views=Views("", flip=False))
         usual = labelled(Random()).squeeze
         other = {"one answer an image": labelled(Random(), **plain),
                  "bank of 100 views": labelled(Random(), bank=100, store="logits"),
                  "bank of 20 views": labelled(Random(), bank=20, store="logits"),
-                 "views, a standard teacher": labelled(Random(), teacher=replace(usual, objective=Standard()))}
-        found |= {f"random, {name}": self.cells(method, s.listening()) for name, method in other.items()}
-        found["random, hard labels on the same views"] = self.cells(Random(), s.mixed())
-        found["random, hard labels"] = self.cells(Random(), s.natural(), sets=5)
-        found["random, views, adversarial training"] = self.cells(labelled(Random()), s.listening(self.threats[-1]))
+                 "views by a standard teacher": labelled(Random(), teacher=replace(usual, objective=Standard()))}
+        found |= {f"random: {name}": self.cells(method, s.listening()) for name, method in other.items()}
+        found["random: hard labels on the same views"] = self.cells(Random(), s.mixed())
+        found["random: hard labels"] = self.cells(Random(), s.natural(), sets=5)
+        found["random: views and adversarial training"] = self.cells(labelled(Random()), s.listening(self.threats[-1]))
         found |= self._at_equal_bytes()
-        found["the teacher itself, all images"] = self.cells(None, usual.trainer, sets=1)
-        return found | {"all images, hard labels": self.cells(None, s.natural())}
+        found["the teacher itself"] = self.cells(None, usual.trainer, sets=1)
+        return found | {"all images: hard labels": self.cells(None, s.natural())}
 
     def _at_equal_bytes(self):
         "Random images with hard labels, as many as images and a bank of 100 views take."
         one = 10 * (28 * 28 if "mnist" in self.data else 3 * 32 * 32)          # a byte a pixel, ten classes
         ipc = round(self.ipc * (one + 10 * 2000) / one)
-        return {f"random, hard labels, {ipc} a class": self.cells(Random(), self.student.natural(), ipc)}
+        return {f"random: hard labels at {ipc} a class": self.cells(Random(), self.student.natural(), ipc)}
 
     def set_cells(self, rows: dict) -> dict:   # name -> arguments of `leaderboard.made`
         "What the first set of each row takes, and before it its images without labels of views."

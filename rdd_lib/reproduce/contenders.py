@@ -39,7 +39,7 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
     of = data.partition(":")[0]
     def made(name, **settings): return find_method(name).build(of, ipc, **settings)
     proxy = {"proxy.net": Net("strided")}
-    found = {"random": Random(), "class means": ClassMeans(), "k-center, greedy": made("kcg"),
+    found = {"random": Random(), "class means": ClassMeans(), "k-center greedy": made("kcg"),
              "minimal covering (MCS)": made("mcs", weights=None, time_limit=60.), "herding": made("herd", **proxy),
              "graph cut": made("submod", **proxy), "CRAIG": made("craig", **proxy), "GradMatch": made("gradm", **proxy),
              "moderate": made("moderate", **proxy), "forgetting": made("forget", **proxy)}
@@ -48,7 +48,7 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
     found |= {"DM": made("dm", iterations=300, batch_real=64, net=small), "DC": made("dc", **loops), "DSA": made("dsa", **loops),
               "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2))),
               "FRePo": made("frepo", iterations=300, net=small)}
-    found |= {"ROME": made("rome"), "ROME, clean": made("rome_clean"), "NCFM": made("ncfm")}
+    found |= {"ROME": made("rome"), "ROME clean": made("rome_clean"), "NCFM": made("ncfm")}
     return found | _by_trajectories(made, mlp) | _by_teachers(made)
 
 def _by_trajectories(made, net):

@@ -26,11 +26,11 @@ LEAST = {
     # how long
     "iterations": 2, "epochs": 2, "steps": 2, "train_steps": 2, "l2_steps": 2, "student_steps": 2, "queries": 4,
     "search_steps": 1, "restarts": 1, "warmup": 1, "halve_every": 1, "outer": 2, "inner": 1, "updates": 1,
-    "expert_epochs": 1, "max_start": 1, "match_epochs": 1, "real_steps": 1, "repeats": 1, "time_limit": 2.,
+    "expert_epochs": 1, "max_start": 1, "match_epochs": 1, "real_steps": 1, "repeats": 1, "rounds": 2, "time_limit": 2.,
     "patience": 2.,
     # how many
     "Experts.n": 1, "BackpropThroughTraining.nets": 1, "NeuralFeatureRegression.nets": 2, "extractors": 1,
-    "targets": 2, "n_test": 10, "ipc": 2, "ks": 2, "points": 20, "samples": 200, "pool": 4, "crops": 2, "factor": 1,
+    "targets": 2, "n_test": 10, "ipc": 2, "bank": 2, "ks": 2, "points": 20, "samples": 200, "pool": 4, "crops": 2, "factor": 1,
     # how many at a time
     "batch": 20, "batch_real": 2, "batch_syn": 10, "batch_net": 10, "match_batch": 10, "frequencies": 20}
 
@@ -38,7 +38,7 @@ UNSAID = {"outer", "inner", "student_steps"}     # where they are None, the auth
 
 SEEDS = {"seed", "set_seed"}                     # 0 and 1 stand for all: two, so that there is a spread
 
-AS_IT_IS = {"width", "depth", "convs", "noise", "pad", "jitter", "chunk", "norm", "widen", "factor"}   # no counts
+AS_IT_IS = {"width", "depth", "convs", "noise", "pad", "jitter", "chunk", "norm", "widen"}   # no counts
 
 # %% ../../nbs/reproduce/825_rehearsal.ipynb #427a153d
 def cut(o,                # arguments of a cell, or anything in them: dataclasses, dicts, tuples, numbers
