@@ -6,13 +6,13 @@
 __all__ = ['PROTOCOLS', 'ScoringProtocol', 'default_radius', 'told_radius', 'ours', 'beard', 'MarginPGD', 'ddrobustbench',
            'must_break', 'missed', 'ProtocolScore', 'scored_by']
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #ca65d327
+# %% ../../nbs/evaluation/57_protocols.ipynb #0d1eda9e
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 import numpy as np
 from ..attacks.as_published import autoattack_as_published, PublishedCW, right_after
 from ..attacks.autoattack import AutoAttack, autoattack
-from ..attacks.borrowed import from_torchattacks, TorchAttack
+from ..attacks.borrowed import from_torchattacks
 from ..attacks.carlini_wagner import CW
 from ..attacks.losses import margin
 from ..attacks.normalised import check_sees_all, OnNormalised
@@ -20,7 +20,7 @@ from ..attacks.pgd import PGD
 from ..attacks.square import Square
 from ..attacks.threats import L2, Linf
 from ..augmentation import DSA
-from ..core import check, check_kind, check_number, check_one_of, check_whole, digest, progress, Registry, subseed
+from ..core import check, check_kind, check_one_of, check_whole, digest, progress, Registry, subseed
 from ..data import ImageSet
 from .checks import Limits, needed
 from .comparison import Beard, beard as beard_indices
@@ -29,16 +29,16 @@ from .outcome import evaluate
 from ..exports import PUBLISHED_STATS, published_stats
 from ..extras import MissingPackage
 from ..intervals import wilson
-from ..models import check_classes, eval_mode, Net
-from ..training.trainer import predict, Trainer
+from ..models import check_classes, Net
+from ..training.trainer import Trainer
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #69b3b413
+# %% ../../nbs/evaluation/57_protocols.ipynb #81bea7e8
 PROTOCOLS = Registry("protocol", "rdd_lib.evaluation.protocols")
 
 @dataclass(frozen=True)
 class ScoringProtocol:
     "A way to score a set: students, attacks, and what is odd about it."
-    name: str
+    name: str                         # in `PROTOCOLS`
     paper: str                        # where it comes from
     net: Net                          # the student
     trainer: Trainer                  # how it is trained
@@ -67,7 +67,7 @@ class ScoringProtocol:
         "`scored_by(self, S, test, ...)`."
         return scored_by(self, S, test, **how)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #8f8cd957
+# %% ../../nbs/evaluation/57_protocols.ipynb #ec24ff24
 def default_radius(name: str) -> float:   # of the data set
     "The papers' radii in pixels: .1 on digits and clothes, 8/255 elsewhere."
     return .1 if "mnist" in name else 8 / 255
@@ -93,7 +93,7 @@ def _split(attacks):
     there = {name: attack for name, attack in attacks.items() if attack is not None}
     return there, tuple(name for name in attacks if name not in there)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #c68e43a4
+# %% ../../nbs/evaluation/57_protocols.ipynb #f2543083
 @PROTOCOLS.add("ours")
 def ours(name: str,                  # of the data set
          eps: float | None = None,   # radius in pixels; None: `default_radius`
@@ -108,13 +108,14 @@ def ours(name: str,                  # of the data set
     return ScoringProtocol("ours", "this library", Net("convnet", dict(width=16)), trainer, attacks, students=2,
                            doubts=doubts)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #77942310
+# %% ../../nbs/evaluation/57_protocols.ipynb #1311c400
 def _beard_in_pixels(eps):
     linf, l2 = Linf(eps), L2(16 * eps)
     return {"fgsm": _fgsm(eps), "pgd-10": _walk(PGD, linf, 10, eps * 255 / 900),
             "pgd-l2": _walk(PGD, l2, 10, l2.eps * 15 / 128), "deepfool": _borrowed("DeepFool", l2, steps=50),
             "cw": CW(l2, c=1., steps=100), "autoattack": autoattack_as_published(linf),
-            "square": Square(linf, stretched=True), "spsa": _borrowed("SPSA", linf, max_batch_size=4)}   # looks at a time, for memory's sake
+            "square": Square(linf, stretched=True),
+            "spsa": _borrowed("SPSA", linf, max_batch_size=4)}   # 64 looks at each image at once would fill the memory
 
 def _beard_as_published(eps, name):
     "On normalised images; SPSA without a target is AutoAttack there."
@@ -139,6 +140,7 @@ def _beard_doubts(eps, name, both):
                     "rows are no robust accuracies, and have no place in a ranking")
     known = name in ("cifar10", "cifar100", "tiny_imagenet")
     if not known: said.append(f"its tables are of {theirs}, not of {name}")
+    if name not in PUBLISHED_STATS["beard"]: said.append(f"how it normalises {name} is not known: rows in pixels alone")
     return tuple(said)
 
 @PROTOCOLS.add("beard")
@@ -155,7 +157,7 @@ def beard(name: str,            # of the data set
     return ScoringProtocol("beard", "BEARD (Zhou et al. 2024)", Net("convnet"), trainer, attacks, published, 1,
                            _beard_doubts(eps, name, both), left_out, indices=True)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #594f4f1c
+# %% ../../nbs/evaluation/57_protocols.ipynb #bc432ddc
 @dataclass(frozen=True)
 class MarginPGD(PGD):
     "PGD that climbs the highest other logit less that of the true class."
@@ -196,7 +198,7 @@ def ddrobustbench(name: str,             # of the data set
     return ScoringProtocol("ddrobustbench", "DD-RobustBench (Wu et al. 2025)", Net("convnet"), trainer, attacks,
                            students=3, doubts=doubts, left_out=left_out)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #3efd2983
+# %% ../../nbs/evaluation/57_protocols.ipynb #9d90b0bb
 def _inner(attack): return attack.attack if isinstance(attack, OnNormalised) else attack
 def _blind(attack): return isinstance(attack, Square) or getattr(attack, "method", "") == "SPSA"
 def _ball(attack):
@@ -223,7 +225,7 @@ def missed(strong: Sequence,   # `Outcome`s of an attack, one a student
     limits = Limits()
     return count, needed(sum(map(len, strong)), limits.missed, limits.level)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #e8422bf4
+# %% ../../nbs/evaluation/57_protocols.ipynb #5b4422ae
 def _passes(outcomes):
     "Images through the network, there and back, a student."
     return float(np.mean([o.forward_samples + o.backward_samples for o in outcomes]))
@@ -231,7 +233,7 @@ def _passes(outcomes):
 @dataclass(frozen=True, eq=False, repr=False)
 class ProtocolScore:
     "What a protocol found: outcomes, one a student, of each attack in each of its units."
-    protocol: ScoringProtocol
+    protocol: ScoringProtocol   # what was asked for
     outcomes: dict     # (name, units): a tuple of `Outcome`s
     counted: dict      # name: accuracies as the published program counts them, one a student
     diagnoses: tuple   # a `Diagnosis` for each student; empty: nobody asked
@@ -281,7 +283,7 @@ class ProtocolScore:
         robust = {name: self.robust(name, units) for name in found}
         return beard_indices(self.clean, robust, float(len(next(iter(found.values()))[0])), cost)
 
-# %% ../../nbs/evaluation/57_protocols.ipynb #3b292c6c
+# %% ../../nbs/evaluation/57_protocols.ipynb #56b9286d
 def scored_by(protocol: ScoringProtocol,
               S: ImageSet,               # what is scored; `Compressed` or whole
               test: ImageSet,            # where the students are judged
