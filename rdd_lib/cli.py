@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 import typer
 from . import cli_data, cli_list, cli_reproduce, cli_share, cli_work          # which enter their commands
-from .cli_app import app, device, examples, file_out, named, parse_settings, setting, size, split
+from .cli_app import app, device, examples, file_out, named, parse_settings, setting, size, split, typed
 
 __all__ = ["app", "main", "cli_data", "cli_list", "cli_reproduce", "cli_share", "cli_work"]
 
@@ -169,7 +169,10 @@ def show(path: str = typer.Argument(help=FILE),
 
 # %% ../nbs/97_cli.ipynb #7dd103b4
 @app.command(epilog=examples("score"))
-def score(path: str = typer.Argument(help=FILE),
+def score(ctx: typer.Context, path: str = typer.Argument(help=FILE),
+          protocol: Optional[str] = named("protocols", "score as a benchmark does (beard, ddrobustbench) or as our tables "
+              "(ours): its students, its attacks, a table; in the place of --train, --attack, --threat", None,
+              "--protocol", show_default=False),
           train: str = named("objectives", "the objective, see `rdd list objectives`", "adversarial", "--train"),
           attack: str = named("attacks", "the judge: quick (PGD-20), paper (APGD-CE, APGD-DLR), standard (AutoAttack), "
                               "or another of `rdd list attacks`", "paper", "--attack"),
@@ -177,7 +180,7 @@ def score(path: str = typer.Argument(help=FILE),
               help="linf:.1, linf:8/255, l2:.84; default: the papers' for this data set"),
           net: str = named("models", "the student, see `rdd list models`; lenet is quick without a GPU", "lenet",
                            "--net"),
-          seeds: int = typer.Option(1, help="how many students"),
+          seeds: int = typer.Option(1, help="how many students; with --protocol as many as it has"),
           n_test: Optional[int] = typer.Option(None, help="stratified test images; 0 for all; default: 300"),
           eta: float = typer.Option(0., help="generalized training: added to the radius"),
           diagnose: bool = typer.Option(False, "--diagnose",
@@ -201,9 +204,16 @@ def score(path: str = typer.Argument(help=FILE),
     asked = Asked(attack, threat, n_test, diagnose, certify, parse_settings(set_), data, held_out, out, device,
                   train=train, net=net, seeds=seeds, eta=eta)
     check(row is None or row.suffix == ".json", f"--row must end in .json, got {str(row)!r}")
+    if protocol: return _by_protocol(protocol, typed(ctx), asked, lambda: _read(path, data, stats, which))
     S = _read(path, data, stats, which)
     if row: row_written(path, S, asked, typer.echo, row, by)
     else: scored(S, asked, typer.echo)
+
+def _by_protocol(protocol, given, asked, read):
+    "A table; what the protocol replaces is refused before the set is read."
+    from rdd_lib.cli_protocol import protocol_scored, refuse_replaced
+    refuse_replaced(protocol, given)
+    protocol_scored(read(), protocol, asked, given, typer.echo)
 
 # %% ../nbs/97_cli.ipynb #c7923e96
 @app.command(epilog=examples("attack"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'app', 'NAMES', 'GROUPS', 'examples', 'complete', 'named', 'parse_settings', 'setting', 'device', 'file_out',
-           'size', 'split']
+           'typed', 'size', 'split']
 
 # %% ../nbs/94_cli_app.ipynb #36074c78
 import sys
@@ -27,6 +27,8 @@ EPILOG = {
               "rdd score mcs.safetensors --train trades --set objective.beta=3 --attack standard --diagnose -o a.csv",
               "rdd score mcs.safetensors --net mlp --train certified --certify",
               "rdd score guard_sre2l.safetensors --train standard --attack quick",
+              "rdd score mcs.safetensors --protocol beard --n-test 100 --set net.settings.width=16",
+              "rdd score mcs.safetensors --protocol ours --set version=standard -o images.csv",
               "rdd score frepo.safetensors --train standard --net convnet --set net.settings.norm=none",
               "rdd score cifar10_zca_50 --data cifar10 --net convnet --set net.whiten=.1",
               "rdd score res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --stats dc --net convnet"],
@@ -86,6 +88,7 @@ NAMES = {
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",
+    "protocols": "ours beard ddrobustbench",
     "papers": "beyond beyond/labels beyond/leaderboard beyond/rome guard guard/adversarial guard/attribution "
               "guard/cost guard/imagenet guard/imagenette guard/tiny "
                "guard/transfer guard_early guard_early/adversarial guard_early/attacks guard_early/clean "
@@ -118,6 +121,9 @@ def parse_settings(settings: list[str] | None,  # ["name=value", ...]
 def setting(help: str): return typer.Option(None, "--set", help=help, show_default=False)
 def device(help: str = "where it computes"): return typer.Option("auto", help=f"{help}: auto, cpu, cuda, cuda:N")
 def file_out(help: str, *flags): return typer.Option(None, *(flags or ("-o", "--out")), show_default=False, help=help)
+def typed(ctx: typer.Context) -> set:   # names of the options that were typed, not left at their defaults
+    return {name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"}
+
 def size(): return typer.Option(None, help="for image folders: side in pixels; default: the usual one, or as found")
 def split(): return typer.Option(None, "--split", show_default=False, help="for images of your own that come in one "
                                  "split: the part of each class that is held out for tests; default: .2")

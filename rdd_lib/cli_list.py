@@ -53,6 +53,11 @@ def _attacks():
         except BadArgument: return repr(attack_of(name, Linf(.125))).replace(repr(Linf(.125)), "...")
     return [dict(name=name, what=told(name)) for name in ATTACKS]
 
+def _protocols():
+    from rdd_lib.evaluation.protocols import PROTOCOLS
+    return [dict(name=name, what=_says(make), settings=[*signature(make).parameters][1:])
+            for name, make in PROTOCOLS.items()]
+
 def _items():
     from rdd_lib.reproduce.runner import items
     return [dict(name=i.name, what=f"{i.title}{'' if i.title.endswith('?') else '.'} {i.promise}") for i in items()]
@@ -62,6 +67,7 @@ LISTS = {"data": ("data sets", _data),
          "models": ("models (`rdd score --net`; settings by --set net.settings.NAME=)", _models),
          "objectives": ("objectives (`rdd score --train`; settings by --set objective.NAME=)", _objectives),
          "attacks": ("attacks (`rdd score --attack`; settings by --set attack.NAME=)", _attacks),
+         "protocols": ("protocols (`rdd score --protocol`; settings by --set NAME=)", _protocols),
          "papers": ("papers' items (`rdd reproduce`)", _items)}
 
 # %% ../nbs/951_cli_list.ipynb #72d13399
@@ -98,7 +104,7 @@ def _kinds(incomplete: str): return [kind for kind in (*LISTS, "all") if kind.st
 @app.command("list", epilog=examples("list"))
 def list_(what: str = typer.Argument("all", help=f"{', '.join(LISTS)}, or all", autocompletion=_kinds),
           as_json: bool = typer.Option(False, "--json", help="for programs")):
-    "Data sets, methods, models, objectives, attacks, and what can be reproduced."
+    "Data sets, methods, models, objectives, attacks, protocols, and what can be reproduced."
     from rdd_lib.core import lookup
     chosen = {name: lookup(name, LISTS, "list") for name in (LISTS if what == "all" else [what])}
     found = {name: rows() for name, (_, rows) in chosen.items()}

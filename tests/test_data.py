@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from rdd_lib.attacks.threats import Linf
-from rdd_lib.cli_score import _test_images
+from rdd_lib.cli_score import judged_images
 from rdd_lib.core import BrokenFile, MissingData, UnknownName
 from rdd_lib.data import CIFAR10, load, sample
 from rdd_lib.evaluation.checks import Case, Effort
@@ -134,10 +134,10 @@ def test_parts_by_name_keep_the_shares(in_order):
     assert counts(dataset("cifar10:100", "test")) == [15] * 10                      # a part of the training images only
 
 
-def test_test_images_keep_the_shares(in_order):
+def testjudged_images_keep_the_shares(in_order):
     whole, test, about = set_and_test("cifar10", None, None, 0, 40)
     assert counts(whole) == [30] * 10 and counts(test) == [4] * 10 and about["n_test"] == 40
-    assert counts(_test_images(SimpleNamespace(n_test=40), whole)) == [4] * 10      # rdd score --n-test 40
+    assert counts(judged_images(SimpleNamespace(n_test=40), whole)) == [4] * 10      # rdd score --n-test 40
     case = Case(Net("mlp", dict(width=4))(whole), load("cifar10", "test"), Linf(.1), effort=Effort(images=20))
     assert torch.bincount(case.all_y).tolist() == [2] * 10                          # rdd score --diagnose
 

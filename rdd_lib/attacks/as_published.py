@@ -42,7 +42,7 @@ class PublishedCW(AtOnce):
     @torch.enable_grad()
     def top(self, s, model):
         x, y = s["x"], s["y"]
-        w = (2 * x - 1).atanh().requires_grad_()           # infinite for black and white pixels: they never move
+        w = (2 * x - 1).clamp(-1, 1).atanh().requires_grad_()   # infinite for black and white: these never move
         adam, every = torch.optim.Adam([w], lr=self.lr), max(self.iterations // 10, 1)
         best, shortest, before = x, x.new_full((len(x),), inf), inf
         for i in range(self.iterations):

@@ -136,7 +136,7 @@ class Square(Walk):
         lowest = x.new_full((len(x),), -torch.inf)
         s = dict(y=y, at=start, best=start, height=lowest, i=torch.zeros_like(y), shared=shared)
         if not self.flat: return s | dict(x=x)
-        return s | dict(low=(x - self.threat.eps).clamp_min(0), high=(x + self.threat.eps).clamp_max(1))
+        return s | dict(low=(x - self.threat.eps).clamp(0, 1), high=(x + self.threat.eps).clamp(0, 1))
 
     def loss_of(self, logits, s): return -margin(logits, s["y"])
 
