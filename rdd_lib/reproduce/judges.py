@@ -29,7 +29,7 @@ class Student:
     teacher: Squeeze             # of a robust network of its kind
     label_views: Views           # what the teacher answers to
     temperature: float           # of its answers
-    lr_label: float              # with them
+    lr_label: float              # with them, in full batches: smaller ones get as much less
     views: Views | None = None   # with hard labels: how images are varied
     views_adversarial: Views | None = None   # with hard labels, adversarially
     batch: int = 50
@@ -66,7 +66,7 @@ class Student:
         "Images with the answers of a teacher, for a student that takes so many steps. Raises `BadArgument`."
         an_epoch = len(batch_sizes(n, self.batch))
         check(steps % an_epoch == 0, f"steps must be whole epochs of {an_epoch} batches, got {steps}")
-        student = dict(lr=self.lr_label, schedule="cosine")
+        student = dict(lr=self.lr_label * min(1, n / self.batch), schedule="cosine")
         usual = dict(temperature=self.temperature, views=self.label_views, epochs=steps // an_epoch, batch=self.batch,
                      store="teacher", student=student)
         return Relabelled(images, net or self.net, teacher or self.teacher, Relabel(**usual | relabel))
