@@ -79,7 +79,7 @@ NAMES = {
                "tm_zca trajectory_matching_first_order tesla matching_adversarial_trajectories mat squeeze_recover "
                "sre2l squeeze_recover_curriculum cda squeeze_recover_curvature guard_sre2l "
                "squeeze_recover_curriculum_curvature guard_cda relabelled neural_feature_regression frepo "
-               "realistic_crops rded",
+               "realistic_crops rded difficulty_aligned_trajectories datm",
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",
