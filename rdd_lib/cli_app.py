@@ -84,7 +84,7 @@ NAMES = {
                "matching_adversarial_trajectories mat squeeze_recover "
                "sre2l squeeze_recover_curriculum cda squeeze_recover_curvature guard_sre2l "
                "squeeze_recover_curriculum_curvature guard_cda relabelled robust_labels realistic_crops rded "
-               "neural_feature_regression frepo",
+               "neural_feature_regression frepo difficulty_aligned_trajectories datm",
     "models": "convnet mlp lenet resnet18 strided",
     "objectives": "standard adversarial generalized trades mart curvature gradient free fast certified",
     "attacks": "pgd mifgsm apgd-ce apgd-dlr apgd-t fab-t square cw quick paper standard",

@@ -382,6 +382,7 @@ def small(name):
         objective = method.experts.objective
         if hasattr(objective, "attack"): objective = replace(objective, attack=replace(objective.attack, steps=2))
         settings["experts"] = replace(method.experts, n=1, epochs=1, batch=30, objective=objective)
+        settings["window"] = method.window and (0, 1, 1, 1)
     if hasattr(method, "relabel"):                                          # batch norm, and what keeps it short
         short = Squeeze(epochs=1, lr=.01, batch=10)
         settings |= dict(net=Net("strided", dict(width=4)), squeeze=short, teacher=short, pool=8,
@@ -398,7 +399,7 @@ def test_compression(gpu, train, name, monkeypatch, tmp_path):
         made = small(name).compress(train, ipc=2, seed=1, device=d)
         assert not any(t.is_cuda for t in vars(made).values() if torch.is_tensor(t))
         return made
-    twice = methods()[name].alias in ("tm", "tm_zca", "tesla", "mat", "dd", "guard", "dim")   # slopes of slopes
+    twice = methods()[name].alias in ("tm", "tm_zca", "tesla", "mat", "datm", "dd", "guard", "dim")   # slopes of slopes
     check(run, gpu, 1e-5 if twice else 0.)
 
 

@@ -157,7 +157,7 @@ def test_resumed_run_ends_in_the_same_bytes(digits, buffers, tmp_path, kind, sto
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings,says", [
-    (dict(labels="soft"), "labels must be 'hard', 'expert' or 'learned', got 'soft'"),
+    (dict(labels="soft"), "labels must be 'hard', 'expert', 'learned' or 'logits', got 'soft'"),
     (dict(labels="hard", lr_label=1.), "labels='hard' and lr_label=1.0 do not go together"),
     (dict(labels="expert", lr_label=1.), "labels='expert' and lr_label=1.0 do not go together"),
     (dict(labels="learned"), "labels='learned' and lr_label=0.0 do not go together")])

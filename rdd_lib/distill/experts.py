@@ -7,16 +7,17 @@ __all__ = ['Trajectories', 'Experts', 'Trained']
 
 # %% ../../nbs/distill/73_experts.ipynb #b66ca449
 import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor
 from ..augmentation import DSA
-from ..core import check, check_whole, describe, differences, digest, progress, subseed
+from ..core import check, check_number, check_whole, describe, differences, digest, later, progress, subseed
 from ..data import ImageSet
 from ..files import in_cache, kept, opened, write_tensors
 from ..models import sent
 from ..training.objectives import Standard
+from ..training.sharpness import SharpnessAware
 from ..training.trainer import Trainer
 from ..training.unrolled import flatten
 
@@ -86,20 +87,23 @@ class Experts:
     batch: int = 256
     augment: str = DSA               # strategy, drawn image by image; "" for none
     seed: int = 0                    # of the first; each has its own
+    sharpness: float = later(0.)     # radius of sharpness-aware training, FTD's is .01; 0: the objective itself
 
     def __post_init__(self):
         for name in ("n", "epochs"): check_whole(name, getattr(self, name))
         check_whole("seed", self.seed, 0)
         check(0 <= self.ema < 1, f"ema must be in 0 ... 1, 1 excluded, got {self.ema!r}")
+        check_number("sharpness", self.sharpness, 0)
         self.trainer(1)                                      # the rest is checked there
 
     def trainer(self, epochs: int) -> Trainer:
-        return Trainer(self.objective, epochs=epochs, lr=self.lr, momentum=self.momentum,
+        objective = SharpnessAware(self.objective, self.sharpness) if self.sharpness else self.objective
+        return Trainer(objective, epochs=epochs, lr=self.lr, momentum=self.momentum,
                        weight_decay=self.weight_decay, batch=self.batch, augment=self.augment, follow=False)
 
     def identity(self, net, data: ImageSet) -> dict:
         "Everything that determines an expert's path, as plain data: not how many there are, nor how far they go."
-        own = {f.name: describe(getattr(self, f.name)) for f in fields(self) if f.name not in ("n", "epochs")}
+        own = {name: value for name, value in describe(self).items() if name not in ("is", "n", "epochs")}
         return own | {"net": describe(net), "data": describe(data)}
 
     def __call__(self, net,                          # builds a network: net(data, seed); a `Net`

@@ -119,7 +119,7 @@ class Distiller(Compressor):
               real: "RealBatches",
               data: ImageSet,
               g: torch.Generator,                 # of this iteration, on the CPU
-             ) -> Iterator[Iterable[Tensor]]:     # a step on the images: losses, to be summed
+             ) -> Iterator[Iterable[Tensor]]:     # a step on the images: losses, to be summed; none: no step
         "One iteration: written by each distiller."
         raise NotImplementedError
 
@@ -167,9 +167,10 @@ class Distiller(Compressor):
         s.prepared = self.prepare(s, data, seed, device, **run)
         self._iterate(s, opt, RealBatches(data, scale), data, seed, self.turns(counts), keeper)
         made = self.result(s) | {"checkpoint": keeper.note.path}
-        if isinstance(start, ImageSet): made["report"] = {"start": describe(start)}
         if "labels" in s.leaves: made["soft_labels"] = s.target.detach().cpu()
-        return made | self.finish(s)
+        made |= self.finish(s)
+        if isinstance(start, ImageSet): made["report"] = made.get("report", {}) | {"start": describe(start)}
+        return made
 
     def _check_alone(self, data, counts):
         alone = [name for name, sizes in self.shown(counts).items() if 1 in sizes]
@@ -179,7 +180,7 @@ class Distiller(Compressor):
 
     def _iterate(self, s, opt, real, data, seed, last, keeper):
         bar = progress(range(s.it, last), total=last, initial=s.it, desc=type(self).__name__)
-        story = keeper.story
+        story, loss = keeper.story, math.nan
         story.look(s, s.it, self.iterations)
         for it in bar:
             s.it = it

@@ -45,7 +45,7 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
              "moderate": made("moderate", **proxy), "forgetting": made("forget", **proxy)}
     rounds = {1: 150, 10: 3}.get(ipc, 2)
     loops = dict(iterations=rounds, net=small, batch_real=128)
-    found |= {"DM": made("dm", iterations=300, batch_real=64, net=small),
+    found |= {"DM": made("dm", iterations=1000, batch_real=64, net=mlp, augment=""),
               "DC": made("dc", **loops), "DSA": made("dsa", **loops),
               "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2))),
               "FRePo": made("frepo", iterations=300, net=small)}
