@@ -382,11 +382,11 @@ def small(name):
         objective = method.experts.objective
         if hasattr(objective, "attack"): objective = replace(objective, attack=replace(objective.attack, steps=2))
         settings["experts"] = replace(method.experts, n=1, epochs=1, batch=30, objective=objective)
-        settings["window"] = method.window and (0, 1, 1, 1)
+        if getattr(method, "window", None): settings["window"] = (0, 1, 1, 1)
     if hasattr(method, "relabel"):                                          # batch norm, and what keeps it short
         short = Squeeze(epochs=1, lr=.01, batch=10)
         settings |= dict(net=Net("strided", dict(width=4)), squeeze=short, teacher=short, pool=8,
-                         relabel=replace(method.relabel, epochs=2, batch=5))
+                         relabel=replace(method.relabel, epochs=2, batch=5, bank=method.relabel.bank and 2))
     if hasattr(method, "match_epochs"): settings |= dict(width=2, match_epochs=1, nets=(NET,), real_steps=1, judge=None,
                                                     lr=1e-7, match_lr=1e-7)      # Adam makes steps of rounding errors
     return replace(method, **{k: v for k, v in settings.items() if k in known})
