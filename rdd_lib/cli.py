@@ -170,8 +170,8 @@ def show(path: str = typer.Argument(help=FILE),
 # %% ../nbs/97_cli.ipynb #7dd103b4
 @app.command(epilog=examples("score"))
 def score(ctx: typer.Context, path: str = typer.Argument(help=FILE),
-          protocol: Optional[str] = named("protocols", "score as a benchmark does (beard, ddrobustbench) or our tables "
-              "(ours): its students, its attacks, a table; in the place of --train, --attack, --threat", None,
+          protocol: Optional[str] = named("protocols", "score as a benchmark does (beard, ddrobustbench) or as our "
+              "tables (ours): its students, its attacks, a table; in the place of --train, --attack, --threat", None,
               "--protocol", show_default=False),
           train: str = named("objectives", "the objective, see `rdd list objectives`", "adversarial", "--train"),
           attack: str = named("attacks", "the judge: quick (PGD-20), paper (APGD-CE, APGD-DLR), standard (AutoAttack), "
