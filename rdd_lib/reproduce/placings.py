@@ -25,10 +25,10 @@ def kept(results: list[dict],   # of `leaderboard.scored`, one a set
 # %% ../../nbs/reproduce/897_placings.ipynb #7fb336a8
 def placings(rows: dict,      # name -> (results of `leaderboard.scored`, one a set; of `made`, for one set and what
                               # comes before it); without the first a row is a gap
-             at: int = -1,    # which radius
+             at: int = -1,    # which radius rows are placed by
              level: float = .95,
             ):                # DataFrame, the most robust first: row, place, tied, sets, clean, rob (with _lo, _hi;
-                              # fractions), rob_sd over sets, images, kb, seconds; gaps at the end
+                              # fractions), rob_sd over sets, by_radius, images, kb, seconds; gaps at the end
     "The rows of one table with their places. Raises `BadArgument` for rows judged by different images."
     import pandas as pd
     there = {name: kept(results, at) for name, (results, _) in rows.items() if results}
@@ -47,20 +47,22 @@ def _scores(results, hits):
     "Clean accuracy on all test images, robust accuracy on the attacked ones."
     n, right = results[0]["std_images"], np.mean([r["std_hits"] for r in results])
     (lo, hi), (rob_lo, rob_hi) = wilson(right, n), wilson(hits.mean() * hits.shape[1], hits.shape[1])
+    by_radius = " / ".join(f"{100 * v:.1f}" for v in np.mean([r["rob"] for r in results], 0))
     spread = hits.mean(1).std(ddof=1) if len(hits) > 1 else np.nan
     return {"clean": right / n, "clean_lo": lo, "clean_hi": hi, "rob": hits.mean(), "rob_lo": rob_lo, "rob_hi": rob_hi,
-            "rob_sd": spread}
+            "rob_sd": spread, "by_radius": by_radius}
 
 def _size(made):
     if not made: return {}
-    bytes_ = made[-1]["image_bytes"] + made[-1]["label_bytes"]
-    return {"images": made[-1]["images"], "kb": bytes_ / 1000, "seconds": sum(m["seconds"] for m in made)}
+    bytes_, seconds = made[-1]["image_bytes"] + made[-1]["label_bytes"], [m["seconds"] for m in made]
+    return {"images": made[-1]["images"], "kb": bytes_ / 1000, "seconds": np.nan if None in seconds else sum(seconds)}
 
 # %% ../../nbs/reproduce/897_placings.ipynb #48f879e4
 def placings_text(table) -> str:   # as from `placings`
     "For a terminal: percent, kilobytes, seconds."
     head = f"{'place':>5}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13}"
-    lines = [f"{head} {'sd':>4} {'sets':>4} {'kB':>7} {'s':>6}"]
+    radii = "   each radius" * any("/" in str(r) for r in table.by_radius)
+    lines = [f"{head} {'sd':>4} {'sets':>4} {'kB':>7} {'s':>6}{radii}"]
     for r in table.to_dict("records"):
         if not r["sets"] > 0: lines.append(f"{'':5}  {r['row']:44} not computed yet")
         else: lines.append(_line(r))
@@ -69,9 +71,10 @@ def placings_text(table) -> str:   # as from `placings`
 def _line(r):
     def shown(value, form, width): return f"{'' if value is None or value != value else format(value, form):>{width}}"
     interval = f"{100 * r['rob_lo']:.1f} ... {100 * r['rob_hi']:.1f}"
+    radii = f"   {r['by_radius']}" if "/" in r["by_radius"] else ""
     return (f"{shown(r.get('place'), '.0f', 5)}  {r['row']:44} {100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
             f"{interval:13} {shown(100 * r['rob_sd'], '.1f', 4)} {r['sets']:4.0f} {shown(r.get('kb'), '.0f', 7)} "
-            f"{shown(r.get('seconds'), '.0f', 6)}")
+            f"{shown(r.get('seconds'), '.0f', 6)}{radii}")
 
 # %% ../../nbs/reproduce/897_placings.ipynb #90564f0e
 def ladder(tables: dict,        # title -> as from `placings`, a panel each
