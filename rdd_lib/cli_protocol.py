@@ -109,7 +109,7 @@ def protocol_scored(S,             # a compressed set
     many = f"{len(seeds)} student{'s' * (len(seeds) > 1)}"
     say(f"{len(S)} images of {S.name}; protocol {name}, {protocol.paper}: {many}, {student_told(protocol.net)}, "
         f"{_training_told(protocol.trainer, len(S))}; {len(test)} test images")
-    if made := made_with(S, protocol.net): say(f"  the set was made with another network, {made}")
+    if made := made_with(S, protocol.net): say(f"  {made}")
     if own := followed_of(replace(protocol.trainer, follow=True), S):
         said = "students follow the set's own {} (--set follow=False: not)" if protocol.trainer.follow else \
                "the set's own {} is not followed (--set follow=True: it is)"

@@ -137,12 +137,19 @@ def student_told(net: Net) -> str:
     "A student in words."
     return net.name + (f" on whitened images (eps={net.whiten:g})" if net.whiten else "")
 
-def made_with(S, student: Net) -> str:   # S: a `Compressed`
-    "The network that the set was made with, where it is another than the student's."
-    made = S.provenance.get("method", {}).get("net")
-    if not isinstance(made, dict) or made == describe(student): return ""
+def _network_told(made):
     settings = ", ".join(f"{name}={value}" for name, value in made["settings"].items())
     return student_told(Net(made["name"], whiten=made.get("whiten", 0.))) + f" with {settings}" * bool(settings)
+
+def made_with(S, student: Net) -> str:   # S: a `Compressed`
+    "A sentence where another network than the student's made the set or answered to its views; else empty."
+    labels, made = getattr(S, "views", None), S.provenance.get("method", {}).get("net")
+    taught_by = labels.net if labels is not None else None
+    if taught_by and taught_by != {"name": student.name, "settings": student.settings}:
+        return (f"its labels of views are by another network, {_network_told(taught_by)}: students mostly withstand "
+                "less by them than by a teacher of their own kind")
+    if not isinstance(made, dict) or made == describe(student): return ""
+    return f"the set was made with another network, {_network_told(made)}"
 
 def followed_of(trainer: Trainer, S) -> str:   # S: a `Compressed`
     "What a set says of its students' training; empty: nothing, or they do not follow."
@@ -247,7 +254,7 @@ def scored(S: ImageSet,    # a compressed set
     if asked.certify or asked.train == "certified": steps_of(student(S))
     say(f"{len(S)} images of {S.name}; {asked.train} training of {student_told(student)}; {_judged_by(asked, judge)}; "
         f"{len(test)} test images")
-    if made := made_with(S, student): say(f"  the set was made with another network, {made}")
+    if made := made_with(S, student): say(f"  {made}")
     if few := _few_steps(trainer, S): say(f"  a student takes only {few} steps; --set steps=1000 trains longer")
     if followed := followed_of(trainer, S): say(f"  students follow the set's own {followed} (--set follow=False: not)")
     found = Verdicts()

@@ -22,11 +22,11 @@ def robust_settings(data: str,          # name of a data set
     "A teacher trained by PGD, 100 answered views an image, students of a thousand steps."
     digits = "mnist" in data
     threat, net = Linf(.1 if digits else 4 / 255), Net("mlp" if digits else "convnet")
-    own = Views("resized", scale=(.5, 1.), mix="mixup", noise=.1) if digits else Views("pad", mix="mixup")
+    own = Views("resized", scale=(.5, 1.), flip=False, mix="mixup", noise=.1) if digits else Views("pad", mix="mixup")
     seen = Views("", flip=False) if digits else Views("pad")
     squeeze = Squeeze(Adversarial(PGD(threat, 5)), epochs=20 if digits else 60, lr=.05, batch=64, views=seen)
     epochs = max(100, 5000 // max(10, ipc or 10))
-    student = dict(lr=.2 if digits else .05, schedule="cosine")
+    student = dict(lr=(.2 if digits else .05) * min(1, 10 * (ipc or 10) / 50), schedule="cosine")   # less in few images
     relabel = Relabel(2., views=own, epochs=epochs, batch=50, bank=100, student=student)
     return {"net": net, "squeeze": squeeze, "relabel": relabel}
 

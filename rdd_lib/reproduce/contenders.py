@@ -58,7 +58,7 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
              "graph cut": made("submod", **proxy), "CRAIG": made("craig", **proxy), "GradMatch": made("gradm", **proxy),
              "moderate": made("moderate", **proxy), "forgetting": made("forget", **proxy)}
     rounds = {1: 150, 10: 3}.get(ipc, 2)
-    loops = dict(iterations=rounds, net=_SMALL, batch_real=128)
+    loops = dict(iterations=rounds, net=_SMALL, batch_real=128, init="real")
     found |= {"DM": made("dm", iterations=1000, batch_real=64, net=net, **varied),
               "DC": made("dc", **loops), "DSA": made("dsa", **loops),
               "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2))),
