@@ -6,6 +6,7 @@
 __all__ = ['Ranking', 'ranking']
 
 # %% ../../nbs/evaluation/511_ranking.ipynb #bb9f4395
+import string
 from dataclasses import dataclass
 from itertools import combinations
 import numpy as np
@@ -13,6 +14,8 @@ from ..core import check
 from .comparison import all_hits, holm
 
 # %% ../../nbs/evaluation/511_ranking.ipynb #94e01dcd
+_LETTERS = string.ascii_letters + string.digits
+
 @dataclass(frozen=True, eq=False)
 class Ranking:
     "All comparisons of a table. Entry [a, b] is about a minus b."
@@ -37,6 +40,19 @@ class Ranking:
         "The rows that cannot be told from this one."
         apart = self.better | self.better.T
         return [n for n in range(len(apart)) if n != row and not apart[row, n]]
+
+    @property
+    def letters(self) -> list:
+        "A text a row: two rows that have a letter in common cannot be told apart, all others can (Piepho 2004)."
+        groups = [frozenset(range(len(self.p)))]
+        for a, b in np.argwhere(self.better):
+            both = [g for g in groups if a in g and b in g]
+            groups = [g for g in groups if g not in both]
+            for part in (g - {gone} for g in both for gone in (a, b)):
+                if not any(part <= g for g in groups): groups = [g for g in groups if not g < part] + [part]
+        first = self.better.sum(1)                          # groups of those that are better than many come first
+        groups.sort(key=lambda g: (-max(first[n] for n in g), -sum(first[n] for n in g), sorted(g)))
+        return ["".join(letter for letter, g in zip(_LETTERS, groups) if row in g) for row in range(len(self.p))]
 
 def ranking(results: list,        # each as in `hits`: outcomes of several students, or booleans (students, N)
             which: str = "rob",   # of an `Outcome`: "rob" or "std"

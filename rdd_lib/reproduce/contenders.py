@@ -61,8 +61,7 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
     loops = dict(iterations=rounds, net=_SMALL, batch_real=128, init="real")
     found |= {"DM": made("dm", iterations=1000, batch_real=64, net=net, **varied),
               "DC": made("dc", **loops), "DSA": made("dsa", **loops),
-              "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2))),
-              "FRePo": made("frepo", iterations=300, net=_SMALL, learn_labels=False)}
+              "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2)))}
     few = {} if "mnist" in data else dict(iterations=1000, batch_real=64, net=net, factor=1, augment="")
     return found | _by_networks(made, few, attack) | _by_trajectories(made, net, attack, varied) | _by_teachers(made)
 

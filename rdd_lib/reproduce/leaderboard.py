@@ -77,7 +77,7 @@ def scored(data: str,
            set_seed: int = 0,           # of the set
            judged_on: str = "test",     # or "held"
            device: str = "auto",
-          ) -> dict:   # std, std_hits of std_images; clean_bits, rob and rob_bits, one a radius, of the attacked ones
+          ) -> dict:   # std, std_hits of std_images; of the n_test attacked ones clean, and one a radius rob, rob_bits
     "Train one student on one set and attack it."
     S = compressed(data, method, ipc, set_seed, device)
     return verdict(S, data, net, trainer, threats, attack, n_test, seed, judged_on, device)
@@ -97,7 +97,7 @@ def verdict(S: ImageSet,      # of any origin
     clean = evaluate(model, whole, None, seed, device)
     left = evaluate(model, test, None, seed, device).survived
     found = {"std": clean.std, "std_hits": int(clean.survived.sum()), "std_images": len(whole),
-             "clean_bits": packed(left), "n_test": len(test), "test_images": test.fingerprint}
+             "clean": float(left.double().mean()), "n_test": len(test), "test_images": test.fingerprint}
     bits = [packed(left := _surviving(model, test, left, attack_of(attack, t), seed, device)) for t in threats]
     rob = [float(unpacked(b, len(test)).mean()) for b in bits]
     return found | {"rob": rob, "rob_bits": bits, "train_seconds": round(seconds, 2)}

@@ -14,7 +14,7 @@ from .jobs import Job
 from .store import CellStore, decoded, encoded
 
 # %% ../../nbs/reproduce/896_ledger.ipynb #a04328bf
-_ABOUT = ("seconds", "device", "threads", "versions")
+_ALIKE = ("device", "threads", "versions")     # of many cells the same
 
 def jobs_of(cells: list, fn) -> list[Job]:   # cells: arguments of `fn`, each alone or at the end of a tuple
     return [Job.of(fn, c if isinstance(c, dict) else c[-1]) for c in cells]
@@ -26,19 +26,25 @@ def finished(cells: list, fn,
     store = store or CellStore()
     return [c for c, job in zip(cells, jobs_of(cells, fn)) if job.key in store]
 
+def _text(value): return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
 class Ledger:
     "Finished cells in a file, one a line; a missing file is an empty ledger. Raises `BrokenFile`."
     def __init__(self, path: str | Path):
         self.path = Path(path)
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        self.lines = dict(self._read(n, line) for n, line in enumerate(text.splitlines(), 1))
+        self.cells = {}                        # name -> (where it was computed, as text; its line)
+        for n, line in enumerate(text.splitlines(), 1): where = self._read(n, line, where if n > 1 else None)
 
-    def __len__(self): return len(self.lines)
+    def __len__(self): return len(self.cells)
 
-    def _read(self, n, line):
+    def _read(self, n, line, where):
+        "Enter a line; what it says of where the next ones were computed, or what was said before."
         try:
             found = json.loads(line)
-            return found["cell"], line
+            if "where" in found: return _text(found["where"])
+            self.cells[found["cell"]] = json.loads(where) and where, line
+            return where
         except (ValueError, KeyError, TypeError) as e:
             raise BrokenFile(f"line {n} of {str(self.path)!r} is no cell ({e})") from None
 
@@ -49,29 +55,33 @@ class Ledger:
         "Put what the ledger has of these cells into the store, where the store lacks it."
         store = store or CellStore()
         for job in jobs_of(cells, fn):
-            line = self.lines.get(job.name)
-            if line is None or job.key in store: continue
+            if job.name not in self.cells or job.key in store: continue
+            where, line = self.cells[job.name]
             found = json.loads(line, object_hook=decoded)
-            store.put(job.key, found["result"], **found["about"])
+            store.put(job.key, found["result"], seconds=found["seconds"], **json.loads(where))
         return cells
 
     def note(self, cells: list, fn, store: CellStore | None = None) -> int:   # how many lines are new
         "Enter the finished ones of these cells; the file is written whole or not at all, its lines sorted."
-        store, before = store or CellStore(), len(self.lines)
+        store, before = store or CellStore(), len(self.cells)
         for job in jobs_of(cells, fn):
-            record = None if job.name in self.lines else store.record(store.path(job.key))
+            record = None if job.name in self.cells else store.record(store.path(job.key))
             if record is None: continue
-            about = {name: record[name] for name in _ABOUT if name in record}
-            line = {"cell": job.name, "result": encoded(record["result"]), "about": about}
-            self.lines[job.name] = json.dumps(line, separators=(",", ":"), allow_nan=False)
-        if len(self.lines) > before: self.write()
-        return len(self.lines) - before
+            line = {"cell": job.name, "seconds": record.get("seconds"), "result": encoded(record["result"])}
+            where = {name: record[name] for name in _ALIKE if name in record}
+            self.cells[job.name] = _text(where), _text(line)
+        if len(self.cells) > before: self.write()
+        return len(self.cells) - before
 
     def keep(self, names: set) -> None:
         "Forget all other lines: cells that no page asks for any more."
-        self.lines = {name: line for name, line in self.lines.items() if name in names}
+        self.cells = {name: of for name, of in self.cells.items() if name in names}
         self.write()
 
     def write(self) -> None:
-        text = "".join(f"{self.lines[name]}\n" for name in sorted(self.lines))
-        with atomic(self.path) as tmp: tmp.write_text(text, encoding="utf-8")
+        "Where cells were computed stands once before all that were computed there."
+        lines = []
+        for where in sorted({where for where, _ in self.cells.values()}):
+            lines.append(f'{{"where":{where}}}')
+            lines += [line for _, (at, line) in sorted(self.cells.items()) if at == where]
+        with atomic(self.path) as tmp: tmp.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

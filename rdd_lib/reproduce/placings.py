@@ -14,30 +14,29 @@ from .cells import unpacked
 
 # %% ../../nbs/reproduce/897_placings.ipynb #7f82a341
 def kept(results: list[dict],   # of `leaderboard.scored`, one a set
-         at: int = -1,          # which radius; None: no attack
+         at: int = -1,          # which radius
         ) -> np.ndarray:        # (sets, images) bool
     "Which images each student kept. Raises `BadArgument` where they were judged by different images."
     images = {(r["test_images"], r.get("result.n_test", r["n_test"])) for r in results}
     check(len(images) == 1, f"results must come from the same test images, got {len(images)} different sets of them")
     n, = (n for _, n in images)
-    return np.stack([unpacked(r["clean_bits"] if at is None else r["rob_bits"][at], n) for r in results])
+    return np.stack([unpacked(r["rob_bits"][at], n) for r in results])
 
 # %% ../../nbs/reproduce/897_placings.ipynb #7fb336a8
 def placings(rows: dict,      # name -> (results of `leaderboard.scored`, one a set; of `made`, for one set and what
                               # comes before it); without the first a row is a gap
              at: int = -1,    # which radius rows are placed by
              level: float = .95,
-            ):                # DataFrame, the most robust first: row, place, tied, sets, clean, rob (with _lo, _hi;
+            ):                # DataFrame, the most robust first: row, place, letters, sets, clean, rob (with _lo, _hi;
                               # fractions), rob_sd over sets, by_radius, images, kb, seconds; gaps at the end
     "The rows of one table with their places. Raises `BadArgument` for rows judged by different images."
     import pandas as pd
     there = {name: kept(results, at) for name, (results, _) in rows.items() if results}
     test = ranking(list(there.values()), level=level) if len(there) > 1 and _several(there) else None
-    found, names = [], list(there)
-    for n, (name, hits) in enumerate(there.items()):
-        place = {} if test is None else {"place": test.rank[n], "tied": ", ".join(names[k] for k in test.tied(n))}
-        found.append({"row": name, **place, "sets": len(hits), **_scores(rows[name][0], hits), **_size(rows[name][1])})
-    table = pd.DataFrame(found).sort_values("rob", ascending=False, kind="stable")
+    places = [{"place": p, "letters": of} for p, of in zip(test.rank, test.letters)] if test else [{}] * len(there)
+    table = pd.DataFrame([{"row": name, **place, "sets": len(hits), **_scores(rows[name][0], hits),
+                           **_size(rows[name][1])} for place, (name, hits) in zip(places, there.items())])
+    table = table.sort_values("rob", ascending=False, kind="stable")
     gaps = pd.DataFrame({"row": [name for name in rows if name not in there]})
     return pd.concat([table, gaps], ignore_index=True) if len(gaps) else table.reset_index(drop=True)
 
@@ -60,11 +59,11 @@ def _size(made):
 # %% ../../nbs/reproduce/897_placings.ipynb #48f879e4
 def placings_text(table) -> str:   # as from `placings`
     "For a terminal: percent, kilobytes, seconds."
-    head = f"{'place':>5}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13}"
+    head = f"{'place':>5} {'ties':6}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13}"
     radii = "   each radius" * any("/" in str(r) for r in table.by_radius)
     lines = [f"{head} {'sd':>4} {'sets':>4} {'kB':>7} {'s':>6}{radii}"]
     for r in table.to_dict("records"):
-        if not r["sets"] > 0: lines.append(f"{'':5}  {r['row']:44} not computed yet")
+        if not r["sets"] > 0: lines.append(f"{'':12}  {r['row']:44} not computed yet")
         else: lines.append(_line(r))
     return "\n".join(lines)
 
@@ -72,7 +71,7 @@ def _line(r):
     def shown(value, form, width): return f"{'' if value is None or value != value else format(value, form):>{width}}"
     interval = f"{100 * r['rob_lo']:.1f} ... {100 * r['rob_hi']:.1f}"
     radii = f"   {r['by_radius']}" if "/" in r["by_radius"] else ""
-    return (f"{shown(r.get('place'), '.0f', 5)}  {r['row']:44} {100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
+    return (f"{shown(r.get('place'), '.0f', 5)} {r.get('letters', ''):6}  {r['row']:44} {100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
             f"{interval:13} {shown(100 * r['rob_sd'], '.1f', 4)} {r['sets']:4.0f} {shown(r.get('kb'), '.0f', 7)} "
             f"{shown(r.get('seconds'), '.0f', 6)}{radii}")
 
@@ -83,20 +82,21 @@ def ladder(tables: dict,        # title -> as from `placings`, a panel each
           ):                    # Figure
     "A line a row, the most robust on top."
     import matplotlib.pyplot as plt
+    import pandas as pd
     most = max(len(t) for t in tables.values())
     size = (5.6 * len(tables), 1.2 + .21 * most)
     fig, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, table) in zip(axes.flat, tables.items()):
         part = table[table.sets > 0]
-        best = {part.row.iloc[0], *str(part.get("tied", part.row).iloc[0]).split(", ")}
-        for at, r in enumerate(part.to_dict("records")):
-            colour = ".6" if r["row"] in grey else "#1b6ca8" if r["row"] in best else "#c44e52"
+        letters = part.get("letters", pd.Series("a", part.index)).map(set)
+        tied = letters.map(lambda own: bool(own & letters.iloc[0]))      # with the best row
+        for at, (r, with_best) in enumerate(zip(part.to_dict("records"), tied)):
+            colour = ".6" if r["row"] in grey else "#1b6ca8" if with_best else "#c44e52"
             ax.plot([100 * r["rob_lo"], 100 * r["rob_hi"]], [-at, -at], color=colour, lw=2)
             ax.plot(100 * r["rob"], -at, "o", color=colour, ms=5)
             ax.plot(100 * r["clean"], -at, "o", mfc="none", mec=colour, ms=5)
-        places = part.get("place", part.row.map(lambda _: np.nan))
-        labels = [f"{row}  {place:.0f}" if place > 0 else row for row, place in zip(part.row, places)]
-        ax.set(yticks=range(0, -len(part), -1), yticklabels=labels, xlabel="accuracy, %", xlim=(0, 100), title=title)
+        labels = [f"{row}  {of}".rstrip() for row, of in zip(part.row, part.get("letters", [""] * len(part)))]
+        ax.set(yticks=range(0, -len(part), -1), yticklabels=labels, xlabel="accuracy, %; hollow: clean", xlim=(0, 100), title=title)
         ax.grid(axis="x", alpha=.3)
     fig.suptitle(about, fontsize=10)
     plt.close(fig)
