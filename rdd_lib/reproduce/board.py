@@ -58,11 +58,11 @@ class Board:
         return self.threats.index(self.threat)
 
     def _hard(self): return self._by_images(self.student.natural())
-    def _adversarial(self): return self._by_images(self.student.adversarial(self.threat))
+    def _adversarial(self): return self._by_images(self.student.adversarial(self.threat), IMAGES)
 
-    def _by_images(self, trainer):
+    def _by_images(self, trainer, only=()):
         found = {name: self.cells(method, trainer, sets=5 if name == "random" else None)
-                 for name, method in contenders(self.data, self.ipc).items()}
+                 for name, method in contenders(self.data, self.ipc).items() if name in only or not only}
         return found | {"all images": self.cells(None, trainer)}
 
     def _views(self, steps=1000):

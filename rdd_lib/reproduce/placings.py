@@ -71,7 +71,8 @@ def _line(r):
     def shown(value, form, width): return f"{'' if value is None or value != value else format(value, form):>{width}}"
     interval = f"{100 * r['rob_lo']:.1f} ... {100 * r['rob_hi']:.1f}"
     radii = f"   {r['by_radius']}" if "/" in r["by_radius"] else ""
-    return (f"{shown(r.get('place'), '.0f', 5)} {r.get('letters', ''):6}  {r['row']:44} {100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
+    return (f"{shown(r.get('place'), '.0f', 5)} {r.get('letters', ''):6}  {r['row']:44} "
+            f"{100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
             f"{interval:13} {shown(100 * r['rob_sd'], '.1f', 4)} {r['sets']:4.0f} {shown(r.get('kb'), '.0f', 7)} "
             f"{shown(r.get('seconds'), '.0f', 6)}{radii}")
 
@@ -96,7 +97,8 @@ def ladder(tables: dict,        # title -> as from `placings`, a panel each
             ax.plot(100 * r["rob"], -at, "o", color=colour, ms=5)
             ax.plot(100 * r["clean"], -at, "o", mfc="none", mec=colour, ms=5)
         labels = [f"{row}  {of}".rstrip() for row, of in zip(part.row, part.get("letters", [""] * len(part)))]
-        ax.set(yticks=range(0, -len(part), -1), yticklabels=labels, xlabel="accuracy, %; hollow: clean", xlim=(0, 100), title=title)
+        ax.set(yticks=range(0, -len(part), -1), yticklabels=labels, xlim=(0, 100), title=title)
+        ax.set_xlabel("accuracy, %; hollow: clean")
         ax.grid(axis="x", alpha=.3)
     fig.suptitle(about, fontsize=10)
     plt.close(fig)
