@@ -35,6 +35,7 @@ class Board:
     sets: int = 3          # of each row, each with its own student
     n_test: int = 1000     # stratified test images that are attacked
     device: str = "auto"
+    published: bool = False   # whether methods have their papers' settings
 
     def __post_init__(self):
         for name in ("ipc", "sets", "n_test"): check_whole(name, getattr(self, name))
@@ -57,19 +58,22 @@ class Board:
     def at(self) -> int:   # which of `threats`
         return self.threats.index(self.threat)
 
+    def _contenders(self): return contenders(self.data, self.ipc, self.published)
+
     def _hard(self): return self._by_images(self.student.natural())
     def _adversarial(self): return self._by_images(self.student.adversarial(self.threat), IMAGES)
 
     def _by_images(self, trainer, only=()):
         found = {name: self.cells(method, trainer, sets=5 if name == "random" else None)
-                 for name, method in contenders(self.data, self.ipc).items() if name in only or not only}
+                 for name, method in self._contenders().items() if name in only or not only}
         return found | {"all images": self.cells(None, trainer)}
 
     def _views(self, steps=1000):
-        methods, s = contenders(self.data, self.ipc), self.student
-        images = {name: methods[name] for name in IMAGES if name in methods}
-        return {f"{name}: views": self.cells(s.labelled(method, 10 * self.ipc, steps), s.listening())
-                for name, method in images.items()}
+        s, images = self.student, {name: m for name, m in self._contenders().items() if name in IMAGES}
+        def labelled(method):
+            n = 10 * self.ipc * getattr(method, "factor", 1)**2            # as many as are decoded
+            return s.labelled(method, n, steps)
+        return {f"{name}: views": self.cells(labelled(images[name]), s.listening()) for name in IMAGES}
 
     def _longer(self, steps=4000):
         hard = self.student.natural(steps)
@@ -79,7 +83,7 @@ class Board:
     def _labels(self):
         s, found = self.student, self._views()
         def labelled(method, **changes): return s.labelled(method, 10 * self.ipc, **changes)
-        for name, method in with_labels(self.data, self.ipc).items():
+        for name, method in with_labels(self.data, self.ipc, self.published).items():
             found[f"{name}: its own labels"] = self.cells(method, s.natural())
         plain = dict(bank=1, store="logits", views=Views("", flip=False))
         usual = labelled(Random()).squeeze

@@ -47,16 +47,21 @@ def _made(data, ipc):
     def made(name, **settings): return find_method(name).build(data.partition(":")[0], ipc, **settings)
     return made
 
+_ALIASES = {"herding": "herd", "graph cut": "submod", "CRAIG": "craig", "GradMatch": "gradm", "moderate": "moderate",
+            "forgetting": "forget", "DM": "dm", "DC": "dc", "DSA": "dsa", "DC + GUARD": "guard", "ROME": "rome",
+            "ROME clean": "rome_clean", "NCFM": "ncfm", "MTT": "tm", "MAT": "mat", "SRe2L": "sre2l",
+            "SRe2L + GUARD": "guard_sre2l", "RDED": "rded"}
+
 def contenders(data: str,    # its name, as `cells.dataset` reads it
                ipc: int,
+               published: bool = False,   # the papers' settings, which take a GPU and days
               ) -> dict:     # name of a row -> `Compressor`
     "The methods that make sense at a budget, set for two cores; images alone, with hard labels."
     made, (net, attack, varied) = _made(data, ipc), _kind(data)
+    if published: return _sober(made) | {name: _bare(made(alias)) for name, alias in _ALIASES.items()}
     proxy = {"proxy.net": Net("strided")}
-    found = {"random": Random(), "class means": ClassMeans(), "k-center greedy": made("kcg"),
-             "minimal covering (MCS)": made("mcs", weights=None, time_limit=60.), "herding": made("herd", **proxy),
-             "graph cut": made("submod", **proxy), "CRAIG": made("craig", **proxy), "GradMatch": made("gradm", **proxy),
-             "moderate": made("moderate", **proxy), "forgetting": made("forget", **proxy)}
+    signals = ("herding", "graph cut", "CRAIG", "GradMatch", "moderate", "forgetting")
+    found = _sober(made) | {name: made(_ALIASES[name], **proxy) for name in signals}
     rounds = {1: 150, 10: 3}.get(ipc, 2)
     loops = dict(iterations=rounds, net=_SMALL, batch_real=128, init="real")
     found |= {"DM": made("dm", iterations=1000, batch_real=64, net=net, **varied),
@@ -64,6 +69,13 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
               "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2)))}
     few = {} if "mnist" in data else dict(iterations=1000, batch_real=64, net=net, factor=1, augment="")
     return found | _by_networks(made, few, attack) | _by_trajectories(made, net, attack, varied) | _by_teachers(made)
+
+def _sober(made):
+    "Without a network: the same in all profiles."
+    return {"random": Random(), "class means": ClassMeans(), "k-center greedy": made("kcg"),
+            "minimal covering (MCS)": made("mcs", weights=None, time_limit=60.)}
+
+def _bare(method): return replace(method, relabel=None) if hasattr(method, "relabel") else method
 
 def _by_networks(made, few, attack):
     "Digits' own presets, or a few iterations."
@@ -90,9 +102,10 @@ def _by_teachers(made):
     return {"SRe2L": made("sre2l", **squeezed), "SRe2L + GUARD": made("guard_sre2l", **squeezed),
             "RDED": made("rded", **small, teacher=teacher)}
 
-def with_labels(data: str, ipc: int) -> dict:   # name -> `Compressor`
+def with_labels(data: str, ipc: int, published: bool = False) -> dict:   # name -> `Compressor`
     "Methods whose labels are learned with the images."
     made, (net, _, varied) = _made(data, ipc), _kind(data)
+    if published: return {"DATM": made("datm"), "FRePo": made("frepo")}
     datm = _trajectories(net, varied) | dict(window=(0, 2, 4, 50), lr_label=10., threshold=1.)
     return {"DATM": made("datm", **datm, experts=replace(_EXPERTS, sharpness=.01)),
             "FRePo": made("frepo", iterations=300, net=_SMALL)}
