@@ -23,17 +23,28 @@ from ..views import Views
 # %% ../../nbs/reproduce/898_contenders.ipynb #aa4760a1
 _SHIFTED = Views("pad", pad=2, flip=False)
 _MIXED = dict(flip=False, mix="mixup", noise=.1)
+_CROPPED = Views("pad", pad=4)
 
 def students(data: str) -> dict:   # name -> `Student`
     "Who judges the sets of a data set. Raises `BadArgument` for one that has no students yet."
-    check("mnist" in data, f"the leaderboard has students for MNIST, got {data!r}")
+    of = data.partition(":")[0]
+    check("mnist" in of or of == "cifar10", f"the leaderboard has students for MNIST and CIFAR-10, got {data!r}")
+    return {s.name: s for s in (_of_digits() if "mnist" in of else _of_photographs())}
+
+def _of_digits():
     robust = Squeeze(Adversarial(PGD(Linf(.1), 5)), epochs=20, lr=.05, batch=64, views=Views("", flip=False))
     mlp = Student("MLP", Net("mlp"), .05, .05, robust, Views("resized", scale=(.5, 1.), **_MIXED), 2., .2,
                   views_adversarial=_SHIFTED)
     shifted = replace(robust, epochs=15, views=_SHIFTED)
     conv = Student("small conv", Net("strided", dict(width=8, norm="group")), .1, .05, shifted,
                    Views("pad", pad=2, **_MIXED), 4., .4, _SHIFTED, _SHIFTED)
-    return {s.name: s for s in (mlp, conv)}
+    return mlp, conv
+
+def _of_photographs():
+    robust = Squeeze(Adversarial(PGD(Linf(4 / 255), 5)), epochs=20, lr=.05, batch=64, views=_CROPPED)
+    seen = Views("resized", scale=(.5, 1.), mix="mixup", noise=4 / 255)
+    return Student("small conv", Net("strided", dict(width=16, norm="group")), .05, .05, robust, seen, 2., .2,
+                   _CROPPED, _CROPPED),
 
 # %% ../../nbs/reproduce/898_contenders.ipynb #3a1cd1fa
 _SMALL = Net("strided", dict(width=16, norm="group"))
