@@ -6,11 +6,13 @@
 __all__ = ['TABLES', 'REFERENCES', 'IMAGES', 'Board', 'boards', 'keep_sets']
 
 # %% ../../nbs/reproduce/899_board.ipynb #22e37cd9
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..attacks.threats import Linf, Threat
 from ..compressed import save
 from ..core import check_one_of, check_whole
+from ..coresets.class_means import ClassMeans
 from ..coresets.random import Random
 from .cells import compressed
 from .contenders import contenders, students, with_labels
@@ -20,8 +22,8 @@ from ..views import Views
 
 # %% ../../nbs/reproduce/899_board.ipynb #5f049825
 TABLES = ("hard", "labels", "adversarial", "longer")
-REFERENCES = ("random", "class means", "all images", "random: hard labels", "all images: hard labels",
-              "the teacher itself")
+REFERENCES = ("random", "class means", "all images", "random: hard labels", "class means: hard labels",
+              "all images: hard labels", "the teacher itself")
 IMAGES = ("random", "class means", "k-center greedy", "minimal covering (MCS)", "DM", "MAT", "ROME clean")
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Board:
         found |= {f"random: {name}": self.cells(method, s.listening()) for name, method in other.items()}
         found["random: hard labels on the same views"] = self.cells(Random(), s.mixed())
         found["random: hard labels"] = self.cells(Random(), s.natural(), sets=5)
+        found["class means: hard labels"] = self.cells(ClassMeans(), s.natural())
         found["random: views and adversarial training"] = self.cells(labelled(Random()), s.listening(self.threat))
         found |= self._at_equal_bytes()
         found["the teacher itself"] = self.cells(None, usual.trainer, sets=1)
@@ -138,9 +141,9 @@ def keep_sets(board: Board,
     found = {}
     for name, (first, *_) in rows.items():
         if first["method"] is None: continue
-        row = "_".join("".join(c if c.isalnum() else " " for c in f"{board.data} {first['ipc']} {name}").split())
-        labelled = "_" + board.student.name.replace(" ", "_") if first["method"].unlabelled else ""
-        path = Path(folder) / f"{row}{labelled}.safetensors"
+        row = f"{board.data} {first['ipc']} {name.removesuffix(': hard labels')}"
+        if first["method"].unlabelled: row += f" {board.student.name}"     # whose labels they are
+        path = Path(folder) / ("_".join(re.findall(r"\w+", row)) + ".safetensors")
         if not path.is_file():
             save(compressed(board.data, first["method"], first["ipc"], first["set_seed"], board.device), path)
         found[path] = None

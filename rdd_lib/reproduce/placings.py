@@ -6,6 +6,7 @@
 __all__ = ['kept', 'placings', 'placings_text', 'ladder']
 
 # %% ../../nbs/reproduce/897_placings.ipynb #952723af
+from textwrap import wrap
 import numpy as np
 from ..core import check
 from ..evaluation.ranking import ranking
@@ -59,19 +60,19 @@ def _size(made):
 # %% ../../nbs/reproduce/897_placings.ipynb #48f879e4
 def placings_text(table) -> str:   # as from `placings`
     "For a terminal: percent, kilobytes, seconds."
-    head = f"{'place':>5} {'ties':6}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13}"
+    head = f"{'place':>5} {'ties':9}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13}"
     radii = "   each radius" * any("/" in str(r) for r in table.by_radius)
     lines = [f"{head} {'sd':>4} {'sets':>4} {'kB':>7} {'s':>6}{radii}"]
     for r in table.to_dict("records"):
-        if not r["sets"] > 0: lines.append(f"{'':12}  {r['row']:44} not computed yet")
-        else: lines.append(_line(r))
-    return "\n".join(lines)
+        if r["sets"] > 0: lines.append(_line(r))
+    missing = ", ".join(table.row[~(table.sets > 0)])
+    return "\n".join(lines + wrap(f"not computed yet: {missing}", 118) * bool(missing))
 
 def _line(r):
     def shown(value, form, width): return f"{'' if value is None or value != value else format(value, form):>{width}}"
     interval = f"{100 * r['rob_lo']:.1f} ... {100 * r['rob_hi']:.1f}"
     radii = f"   {r['by_radius']}" if "/" in r["by_radius"] else ""
-    return (f"{shown(r.get('place'), '.0f', 5)} {r.get('letters', ''):6}  {r['row']:44} "
+    return (f"{shown(r.get('place'), '.0f', 5)} {r.get('letters', ''):9}  {r['row']:44} "
             f"{100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
             f"{interval:13} {shown(100 * r['rob_sd'], '.1f', 4)} {r['sets']:4.0f} {shown(r.get('kb'), '.0f', 7)} "
             f"{shown(r.get('seconds'), '.0f', 6)}{radii}")
@@ -84,7 +85,7 @@ def ladder(tables: dict,        # title -> as from `placings`, a panel each
     "A line a row, the most robust on top."
     import matplotlib.pyplot as plt
     import pandas as pd
-    most = max(len(t) for t in tables.values())
+    most = max((t.sets > 0).sum() for t in tables.values())
     size = (5.6 * len(tables), 1.2 + .21 * most)
     fig, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, table) in zip(axes.flat, tables.items()):
