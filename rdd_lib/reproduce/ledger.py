@@ -33,8 +33,8 @@ class Ledger:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        self.cells = {}                        # name -> (where it was computed, as text; its line)
-        for n, line in enumerate(text.splitlines(), 1): where = self._read(n, line, where if n > 1 else None)
+        self.cells, where = {}, None           # name -> (where it was computed, as text; its line)
+        for n, line in enumerate(text.splitlines(), 1): where = self._read(n, line, where)
 
     def __len__(self): return len(self.cells)
 
