@@ -18,7 +18,7 @@ from ..evaluation.diagnostics import diagnose
 from ..evaluation.fairness import set_bytes
 from ..evaluation.outcome import evaluate
 from ..models import Net
-from .cells import compressed, timing, dataset, packed, part_named, prepared, unpacked
+from .cells import compressed, dataset, packed, part_named, prepared, seconds_of, unpacked
 from .store import cell
 from ..training.trainer import Trainer
 
@@ -52,7 +52,7 @@ def _before_a_set(data, method, ipc, set_seed=0, device="auto"):
 def made(data: str, method: Compressor, ipc: int, set_seed: int = 0, device: str = "auto") -> dict:
     "Make a set, keep it on disk, and say what it takes."
     S = compressed(data, method, ipc, set_seed, device)
-    return size_of(S) | {"set": S.fingerprint, "seconds": timing(data, method, ipc, set_seed)}
+    return size_of(S) | {"set": S.fingerprint, "seconds": seconds_of(data, method, ipc, set_seed)}
 
 def size_of(S: ImageSet) -> dict:   # images, bytes of images and of labels
     "What a set takes."
