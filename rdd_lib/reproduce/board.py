@@ -70,12 +70,13 @@ class Board:
                  for name, method in self._contenders().items() if name in only or not only}
         return found | {"all images": self.cells(None, trainer)}
 
+    def _labelled(self, method, steps=1000, **changes):
+        n = 10 * self.ipc * getattr(method, "factor", 1)**2                # as many as are decoded
+        return self.student.labelled(method, n, steps, **changes)
+
     def _views(self, steps=1000):
-        s, images = self.student, {name: m for name, m in self._contenders().items() if name in IMAGES}
-        def labelled(method):
-            n = 10 * self.ipc * getattr(method, "factor", 1)**2            # as many as are decoded
-            return s.labelled(method, n, steps)
-        return {f"{name}: views": self.cells(labelled(images[name]), s.listening()) for name in IMAGES}
+        images, trainer = self._contenders(), self.student.listening()
+        return {f"{name}: views": self.cells(self._labelled(images[name], steps), trainer) for name in IMAGES}
 
     def _longer(self, steps=4000):
         hard = self.student.natural(steps)
@@ -84,22 +85,22 @@ class Board:
 
     def _labels(self):
         s, found = self.student, self._views()
-        def labelled(method, **changes): return s.labelled(method, 10 * self.ipc, **changes)
+        def labelled(**changes): return self._labelled(Random(), **changes)
         for name, method in with_labels(self.data, self.ipc, self.published).items():
             found[f"{name}: its own labels"] = self.cells(method, s.natural())
         plain = dict(bank=1, store="logits", views=Views("", flip=False))
-        usual = labelled(Random()).squeeze
-        other = {"one answer an image": labelled(Random(), **plain),
-                 "bank of 100 views": labelled(Random(), bank=100, store="logits"),
-                 "bank of 20 views": labelled(Random(), bank=20, store="logits"),
-                 "views by a standard teacher": labelled(Random(), teacher=replace(usual, objective=Standard()))}
-        other |= {f"views by a {t.name} teacher": labelled(Random(), net=t.net, teacher=t.teacher)
+        usual = labelled().squeeze
+        other = {"one answer an image": labelled(**plain),
+                 "bank of 100 views": labelled(bank=100, store="logits"),
+                 "bank of 20 views": labelled(bank=20, store="logits"),
+                 "views by a standard teacher": labelled(teacher=replace(usual, objective=Standard()))}
+        other |= {f"views by a {t.name} teacher": labelled(net=t.net, teacher=t.teacher)
                   for t in students(self.data).values() if t.name != s.name}
         found |= {f"random: {name}": self.cells(method, s.listening()) for name, method in other.items()}
         found["random: hard labels on the same views"] = self.cells(Random(), s.mixed())
         found["random: hard labels"] = self.cells(Random(), s.natural(), sets=5)
         found["class means: hard labels"] = self.cells(ClassMeans(), s.natural())
-        found["random: views and adversarial training"] = self.cells(labelled(Random()), s.listening(self.threat))
+        found["random: views and adversarial training"] = self.cells(labelled(), s.listening(self.threat))
         found |= self._at_equal_bytes()
         found["the teacher itself"] = self.cells(None, usual.trainer, sets=1)
         return found | {"all images: hard labels": self.cells(None, s.natural())}
@@ -125,8 +126,9 @@ class Board:
             found[name] = [one | {"method": images}] * (images is not None) + [one]
         return found
 
-def boards(data: str, ipcs=(1, 10, 50), names=(), **settings) -> list[Board]:
-    "A board for each budget and student; all students unless some are named."
+def boards(data: str, ipcs=(), names=(), **settings) -> list[Board]:
+    "A board for each budget (usually 1, 10 and for digits 50) and student; all students unless some are named."
+    ipcs = ipcs or ((1, 10, 50) if "mnist" in data else (1, 10))
     threats = (Linf(.1),) if "mnist" in data else (Linf(2 / 255), Linf(4 / 255), Linf(8 / 255))
     threat = threats[len(threats) // 2]
     those = {name: s for name, s in students(data).items() if name in names or not names}

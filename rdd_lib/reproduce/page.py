@@ -6,6 +6,7 @@
 __all__ = ['PLANNING', 'given', 'Page', 'show']
 
 # %% ../../nbs/reproduce/86_page.ipynb #8a1e0603
+import re
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,7 @@ class Page:
             if isinstance(thing, dict):
                 for key, one in thing.items():
                     words = key if isinstance(key, tuple) else (key,)
-                    self.save("_".join(map(str, (stem, *words))), one)
+                    self.save("_".join((stem, *(re.sub("[: ]", "_", str(word)) for word in words))), one)
             elif hasattr(thing, "savefig"): save_figure(stamped(thing), self.out, stem)
             elif len(thing): save_table(stamped(thing), self.out, stem)
 
