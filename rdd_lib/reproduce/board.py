@@ -97,7 +97,7 @@ class Board:
         other |= {f"views by a {t.name} teacher": labelled(net=t.net, teacher=t.teacher)
                   for t in students(self.data).values() if t.name != s.name}
         found |= {f"random: {name}": self.cells(method, s.listening()) for name, method in other.items()}
-        found["random: hard labels on the same views"] = self.cells(Random(), s.mixed())
+        found["random: hard labels on the same views"] = self.cells(Random(), s.mixed(10 * self.ipc))
         found["random: hard labels"] = self.cells(Random(), s.natural(), sets=5)
         found["class means: hard labels"] = self.cells(ClassMeans(), s.natural())
         found["random: views and adversarial training"] = self.cells(labelled(), s.listening(self.threat))
