@@ -97,29 +97,35 @@ def _line(r):
             f"{shown(r.get('seconds'), '.0f', 6)}{radii}")
 
 # %% ../../nbs/reproduce/897_placings.ipynb #90564f0e
+_COLOURS = {"the best row, or tied with it": "#1b6ca8", "told apart from the best row": "#c44e52", "a reference": ".6"}
+
 def ladder(tables: dict,        # title -> as from `placings`, a panel each
            about: str = "",     # the title of all
-           grey: tuple = (),    # rows that are drawn so: references
+           grey: tuple = (),    # rows that are drawn so: references, which are not asked for the best row
           ):                    # Figure
-    "A line a row, the most robust on top."
+    "A line a row, the most robust on top; a row is as blue as the best, where nothing tells them apart."
     import matplotlib.pyplot as plt
-    import pandas as pd
+    from matplotlib.lines import Line2D
     most = max((t.sets > 0).sum() for t in tables.values())
-    size = (5.6 * len(tables), 1.2 + .21 * most)
+    size = (5.6 * len(tables), 1.4 + .21 * most)
     fig, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, table) in zip(axes.flat, tables.items()):
-        part = table[table.sets > 0]
-        letters = part.get("letters", pd.Series("", part.index))
-        for at, (r, of) in enumerate(zip(part.to_dict("records"), letters)):
-            leads = at == 0 or {*of} & {*letters.iloc[0]}                # or is tied with the one that does
-            colour = ".6" if r["row"] in grey else "#1b6ca8" if leads else "#c44e52"
-            ax.plot([100 * r["rob_lo"], 100 * r["rob_hi"]], [-at, -at], color=colour, lw=2)
-            ax.plot(100 * r["rob"], -at, "o", color=colour, ms=5)
-            ax.plot(100 * r["clean"], -at, "o", mfc="none", mec=colour, ms=5)
-        labels = [f"{row}  {of}".rstrip() for row, of in zip(part.row, letters)]
-        ax.set(yticks=range(0, -len(part), -1), yticklabels=labels, xlim=(0, 100), title=title)
-        ax.set_xlabel("accuracy, %; hollow: clean")
+        _rungs(ax, table[table.sets > 0], grey)
+        ax.set(title=title, xlim=(0, 100), xlabel="accuracy, %; hollow: clean")
         ax.grid(axis="x", alpha=.3)
+    dots = [Line2D([], [], color=colour, marker="o", label=kind) for kind, colour in _COLOURS.items()]
+    fig.legend(handles=dots, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     fig.suptitle(about, fontsize=10)
     plt.close(fig)
     return fig
+
+def _rungs(ax, part, grey):
+    rows = part.to_dict("records")
+    best = next((r for r in rows if r["row"] not in grey), rows[0])
+    for at, r in enumerate(rows):
+        tied = r is best or {*r.get("letters", "")} & {*best.get("letters", "")}
+        colour = [*_COLOURS.values()][2 if r["row"] in grey else 0 if tied else 1]
+        ax.plot([100 * r["rob_lo"], 100 * r["rob_hi"]], [-at, -at], color=colour, lw=2)
+        ax.plot(100 * r["rob"], -at, "o", color=colour, ms=5)
+        ax.plot(100 * r["clean"], -at, "o", mfc="none", mec=colour, ms=5)
+    ax.set(yticks=range(0, -len(rows), -1), yticklabels=[f"{r['row']}  {r.get('letters', '')}".rstrip() for r in rows])
