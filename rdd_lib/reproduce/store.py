@@ -149,14 +149,15 @@ class CellStore:
         return default if record is None else record["result"]
 
     def put(self, key: CellKey, result,
-            **about,                     # what else to write down: seconds, device, threads
+            **about,                     # what else to write down: seconds, device, threads; versions, if not these
            ):                            # `result` as `get` will give it back
         """Writes a result, whole or not at all.
 
         Raises `BadArgument` for what is not plain data, `Unwritable` (for the default folder a warning instead)."""
         record = {"function": key.function, "arguments": key.arguments, "version": key.version}
         record["result"] = encoded(result)
-        record |= {"sha256": _checksum(record), **encoded(about, "about"), "versions": versions()}
+        about.setdefault("versions", versions())
+        record |= {"sha256": _checksum(record), **encoded(about, "about")}
         text = json.dumps(record, indent=1, allow_nan=False)
         with self._writing(), atomic(self.path(key)) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
         return json.loads(text, object_hook=decoded)["result"]
