@@ -79,7 +79,7 @@ def contenders(data: str,    # its name, as `cells.dataset` reads it
               "DC": made("dc", **loops), "DSA": made("dsa", **loops),
               "DC + GUARD": made("guard", **loops | dict(iterations=max(1, rounds // 2)))}
     few = {} if "mnist" in data else dict(iterations=1000, batch_real=64, net=net, factor=1, augment="")
-    return found | _by_networks(made, few, attack) | _by_trajectories(made, net, attack, varied) | _by_teachers(made)
+    return found | _by_networks(made, few, attack) | _by_trajectories(made, data) | _by_teachers(made)
 
 def _sober(made):
     "Without a network: the same in all profiles."
@@ -96,13 +96,14 @@ def _by_networks(made, few, attack):
     return {"ROME": made("rome", **robust, attacked=attack), "ROME clean": made("rome_clean", **robust),
             "NCFM": made("ncfm", **few, experts=usual, frequencies=1024)}
 
-def _trajectories(net, varied):
-    return dict(iterations=150, lr=100., lr_alpha=1e-3, alpha=.1, student_steps=20, expert_epochs=1, net=net, **varied)
+def _trajectories(data):
+    net, _, varied = _kind(data)
+    return dict(iterations=150 if "mnist" in data else 60, lr=100., lr_alpha=1e-3, alpha=.1, student_steps=20, expert_epochs=1, net=net, **varied)
 
 _EXPERTS = Experts(n=3, epochs=10, lr=.02, batch=64, augment="")
 
-def _by_trajectories(made, net, attack, varied):
-    settings = _trajectories(net, varied) | {"max_start": 4}
+def _by_trajectories(made, data):
+    settings, attack = _trajectories(data) | {"max_start": 4}, _kind(data)[1]
     robust = replace(_EXPERTS, objective=Adversarial(attack), ema=.99)
     return {"MTT": made("tm", **settings, experts=_EXPERTS), "MAT": made("mat", **settings, experts=robust)}
 
@@ -115,9 +116,9 @@ def _by_teachers(made):
 
 def with_labels(data: str, ipc: int, published: bool = False) -> dict:   # name -> `Compressor`
     "Methods whose labels are learned with the images."
-    made, (net, _, varied) = _made(data, ipc), _kind(data)
+    made = _made(data, ipc)
     if published: return {"DATM": made("datm"), "FRePo": made("frepo")}
-    datm = _trajectories(net, varied) | dict(window=(0, 2, 4, 50), lr_label=10., threshold=1.)
+    datm = _trajectories(data) | dict(window=(0, 2, 4, 50), lr_label=10., threshold=1.)
     return {"DATM": made("datm", **datm, experts=replace(_EXPERTS, sharpness=.01)),
             "FRePo": made("frepo", iterations=300, net=_SMALL)}
 
