@@ -24,7 +24,8 @@ from ..views import Views
 TABLES = ("hard", "labels", "adversarial", "longer")
 REFERENCES = ("random", "class means", "all images", "random: hard labels", "class means: hard labels",
               "all images: hard labels", "the teacher itself")
-IMAGES = ("random", "class means", "k-center greedy", "minimal covering (MCS)", "DM", "MAT", "ROME clean")
+IMAGES = ("random", "class means", "k-center greedy", "minimal covering (MCS)", "graph cut", "DM", "MAT", "ROME",
+          "ROME clean")
 
 @dataclass(frozen=True)
 class Board:
@@ -97,16 +98,17 @@ class Board:
         other = {"one answer an image": labelled(**plain),
                  "bank of 100 views": labelled(bank=100, store="logits"),
                  "bank of 20 views": labelled(bank=20, store="logits"),
+                 "views by another robust teacher": labelled(teacher=replace(usual, seed=1)),
                  "views by a standard teacher": labelled(teacher=replace(usual, objective=Standard()))}
         other |= {f"views by a {t.name} teacher": labelled(net=t.net, teacher=t.teacher)
                   for t in students(self.data).values() if t.name != s.name}
         found |= {f"random: {name}": self.cells(method, s.listening()) for name, method in other.items()}
-        found["random: hard labels on the same views"] = self.cells(Random(), s.mixed(10 * self.ipc))
+        found["random: hard labels on the same views"] = self.cells(Random(), s.mixed())
         found["random: hard labels"] = self.cells(Random(), s.natural(), sets=5)
         found["class means: hard labels"] = self.cells(ClassMeans(), s.natural())
         found["random: views and adversarial training"] = self.cells(labelled(), s.listening(self.threat))
         found |= self._at_equal_bytes()
-        found["the teacher itself"] = self.cells(None, usual.trainer, sets=1)
+        found["the teacher itself"] = self.cells(None, usual.trainer)         # the first one: the one that answers
         return found | {"all images: hard labels": self.cells(None, s.natural())}
 
     def _at_equal_bytes(self):

@@ -50,12 +50,9 @@ class Student:
         return self._trainer(steps, lr=self.lr_adversarial, objective=Adversarial(PGD(threat, 3)),
                              views=self.views_adversarial)
 
-    def _lr_label(self, n): return self.lr_label * min(1, n / self.batch)
-
-    def mixed(self, n: int,                               # images in all
-              steps: int = 1000) -> Trainer:
+    def mixed(self, steps: int = 1000) -> Trainer:
         "Cross-entropy on the views that labels answer to, with the labels mixed as the images are."
-        return self._trainer(steps, lr=self._lr_label(n), views=self.label_views)
+        return self._trainer(steps, lr=self.lr, views=self.label_views)
 
     def listening(self, threat: Threat | None = None) -> Trainer:
         "What a set with labels of views says of its students' training; with a threat, adversarially (PGD-3)."
@@ -69,7 +66,7 @@ class Student:
         "Images with the answers of a teacher, for a student that takes so many steps. Raises `BadArgument`."
         an_epoch = len(batch_sizes(n, self.batch))
         check(steps % an_epoch == 0, f"steps must be whole epochs of {an_epoch} batches, got {steps}")
-        student = dict(lr=self._lr_label(n), schedule="cosine")
+        student = dict(lr=self.lr_label * min(1, n / self.batch), schedule="cosine")
         usual = dict(temperature=self.temperature, views=self.label_views, epochs=steps // an_epoch, batch=self.batch,
                      store="teacher", student=student)
         return Relabelled(images, net or self.net, teacher or self.teacher, Relabel(**usual | relabel))

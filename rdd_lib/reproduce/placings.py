@@ -120,7 +120,8 @@ def ladder(tables: dict,        # title -> as from `placings`, a panel each
     fig, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
     for ax, (title, table) in zip(axes.flat, tables.items()):
         _rungs(ax, table[table.sets > 0], grey)
-        ax.set(title=title, xlim=(0, 100), xlabel="accuracy, %; hollow: clean")
+        ax.set_title(title, fontsize=10)
+        ax.set(xlim=(0, 100), xlabel="accuracy, %; hollow: clean")
         ax.grid(axis="x", alpha=.3)
     dots = [Line2D([], [], color=colour, marker="o", label=kind) for kind, colour in _COLOURS.items()]
     fig.legend(handles=dots, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -134,7 +135,9 @@ def _rungs(ax, part, grey):
     for at, r in enumerate(rows):
         tied = r is best or {*r.get("letters", "")} & {*best.get("letters", "")}
         colour = [*_COLOURS.values()][2 if r["row"] in grey else 0 if tied else 1]
-        ax.plot([100 * r["rob_lo"], 100 * r["rob_hi"]], [-at, -at], color=colour, lw=2)
+        ax.plot([100 * r["rob_lo"], 100 * r["rob_hi"]], [-at, -at], color=colour, lw=3)
+        ax.plot([100 * (r["rob"] + s * r["rob_sd"]) for s in (-1, 1)], [-at, -at], color=colour, lw=1)
         ax.plot(100 * r["rob"], -at, "o", color=colour, ms=5)
         ax.plot(100 * r["clean"], -at, "o", mfc="none", mec=colour, ms=5)
-    ax.set(yticks=range(0, -len(rows), -1), yticklabels=[f"{r['row']}  {r.get('letters', '')}".rstrip() for r in rows])
+    names = [f"{r['row']}  {r.get('letters', '')}".rstrip() for r in rows]
+    ax.set(ylim=(.6 - len(rows), .6), yticks=range(0, -len(rows), -1), yticklabels=names)
