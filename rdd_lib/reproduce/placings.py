@@ -88,22 +88,22 @@ def _of_board(table, named): return table.assign(**named)[[*named, *table]]
 # %% ../../nbs/reproduce/897_placings.ipynb #48f879e4
 def placings_text(table) -> str:   # as from `placings`
     "For a terminal: percent, kilobytes, seconds."
-    head = f"{'place':>5} {'ties':9}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13}"
-    radii = "   each radius" * any("/" in str(r) for r in table.by_radius)
-    lines = [f"{head} {'sd':>4} {'sets':>4} {'kB':>7} {'s':>6}{radii}"]
+    head = f"{'place':>5} {'ties':9}  {'row':44} {'clean':>6} {'robust':>7}  {'interval':13} {'sd':>4} {'sets':>4}"
+    radii, sized = "   each radius" * any("/" in str(r) for r in table.by_radius), "kb" in table
+    lines = [head + f" {'kB':>7} {'s':>6}" * sized + radii]
     for r in table.to_dict("records"):
-        if r["sets"] > 0: lines.append(_line(r))
+        if r["sets"] > 0: lines.append(_line(r, sized))
     missing = ", ".join(table.row[~(table.sets > 0)])
     return "\n".join(lines + wrap(f"not computed yet: {missing}", 118) * bool(missing))
 
-def _line(r):
+def _line(r, sized):
     def shown(value, form, width): return f"{'' if value is None or value != value else format(value, form):>{width}}"
     interval = f"{100 * r['rob_lo']:.1f} ... {100 * r['rob_hi']:.1f}"
+    size = f" {shown(r['kb'], '.0f', 7)} {shown(r['seconds'], '.0f', 6)}" if sized else ""
     radii = f"   {r['by_radius']}" if "/" in r["by_radius"] else ""
     return (f"{shown(r.get('place'), '.0f', 5)} {r.get('letters', ''):9}  {r['row']:44} "
             f"{100 * r['clean']:6.1f} {100 * r['rob']:7.1f}  "
-            f"{interval:13} {shown(100 * r['rob_sd'], '.1f', 4)} {r['sets']:4.0f} {shown(r.get('kb'), '.0f', 7)} "
-            f"{shown(r.get('seconds'), '.0f', 6)}{radii}")
+            f"{interval:13} {shown(100 * r['rob_sd'], '.1f', 4)} {r['sets']:4.0f}{size}{radii}")
 
 # %% ../../nbs/reproduce/897_placings.ipynb #90564f0e
 _COLOURS = {"the best row, or tied with it": "#1b6ca8", "told apart from the best row": "#c44e52", "a reference": ".6"}
