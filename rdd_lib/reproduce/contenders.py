@@ -98,7 +98,9 @@ def _by_networks(made, few, attack):
 
 def _trajectories(data):
     net, _, varied = _kind(data)
-    return dict(iterations=150 if "mnist" in data else 60, lr=100., lr_alpha=1e-3, alpha=.1, student_steps=20, expert_epochs=1, net=net, **varied)
+    iterations = 150 if "mnist" in data else 60
+    return dict(iterations=iterations, lr=100., lr_alpha=1e-3, alpha=.1, student_steps=20, expert_epochs=1, net=net,
+                **varied)
 
 _EXPERTS = Experts(n=3, epochs=10, lr=.02, batch=64, augment="")
 
