@@ -155,6 +155,7 @@ def page_boards(profile: str, source: dict,      # as of `Page.sources`
 def keep_sets(board: Board,
               rows: dict,        # name -> cells, as of `Board.rows`
               folder: str | Path,
+              most: int = 10**6,   # bytes of images: larger sets are left out
              ) -> list[Path]:    # a safetensors file a row that has a set
     "The first set of each row."
     found = {}
@@ -164,6 +165,8 @@ def keep_sets(board: Board,
         if first["method"].unlabelled: row += f" {board.student.name}"     # whose labels they are
         path = Path(folder) / ("_".join(re.findall(r"\w+", row)) + ".safetensors")
         if not path.is_file():
-            save(compressed(board.data, first["method"], first["ipc"], first["set_seed"], board.device), path)
+            S = compressed(board.data, first["method"], first["ipc"], first["set_seed"], board.device)
+            if S.x.nbytes > most: continue
+            save(S, path)
         found[path] = None
     return [*found]
