@@ -124,7 +124,7 @@ def ladder(tables: dict,        # title -> as from `placings`, a panel each
         ax.set(xlim=(0, 100), xlabel="accuracy, %; hollow: clean")
         ax.grid(axis="x", alpha=.3)
     dots = [Line2D([], [], color=colour, marker="o", label=kind) for kind, colour in _COLOURS.items()]
-    fig.legend(handles=dots, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    fig.legend(handles=dots, loc="outside lower center", ncols=min(3, 1 + len(tables)), frameon=False, fontsize=9)
     fig.suptitle(about, fontsize=10)
     plt.close(fig)
     return fig
