@@ -117,7 +117,7 @@ def ladder(tables: dict,        # title -> as from `placings`, a panel each
     from matplotlib.lines import Line2D
     most = max((t.sets > 0).sum() for t in tables.values())
     size = (5.6 * len(tables), 1.4 + .21 * most)
-    fig, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False, dpi=72)
     for ax, (title, table) in zip(axes.flat, tables.items()):
         _rungs(ax, table[table.sets > 0], grey)
         ax.set_title(title, fontsize=10)
