@@ -21,7 +21,7 @@ WINGS = {"ground": "Settings, files, intervals, data, networks, views, compresse
          "training": "Objectives (adversarial, TRADES, MART, curvature), the trainer, squeezes.",
          "evaluation": "Outcomes with intervals, comparison, doubts about a number, a proven floor.",
          "coresets": "Random, coverings, herding, scores, submodular, GradMatch.",
-         "distill": "DM, ROME and NCFM, DC and DSA, TM and TESLA, DD, GUARD, MAT, SRe2L and CDA, FRePo, DiM.",
+         "distill": "DM, ROME, C2R and NCFM, DC and DSA, TM and TESLA, DD, GUARD, MAT, SRe2L and CDA, FRePo, DiM.",
          "reproduce": "Cells, grids, tables and figures: how the papers' pages are run.",
          "sharing": "Scored rows, publishing, a leaderboard.",
          "command line": "rdd list, compress, show, score, attack, data, reproduce."}

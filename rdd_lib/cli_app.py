@@ -80,7 +80,7 @@ NAMES = {
                "gradient_matching_curvature guard "
                "gradient_matching_augmented_curvature guard_dsa trajectory_matching tm trajectory_matching_whitened "
                "tm_zca trajectory_matching_first_order tesla feature_matching_robust rome "
-               "feature_matching_robust_clean rome_clean feature_matching_characteristic ncfm "
+               "feature_matching_robust_clean rome_clean feature_matching_characteristic ncfm contrastive_matching c2r "
                "matching_adversarial_trajectories mat squeeze_recover "
                "sre2l squeeze_recover_curriculum cda squeeze_recover_curvature guard_sre2l "
                "squeeze_recover_curriculum_curvature guard_cda relabelled robust_labels realistic_crops rded "

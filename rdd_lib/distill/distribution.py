@@ -165,7 +165,7 @@ class FeatureMatching(ClassMatching):
         return tiled(images, f), labels[::f ** 2]
 
     def result(self, s):
-        x = s.scale.pixels(untiled(s.u.detach(), self.factor))
+        x = s.scale.pixels(self.full(s.u.detach()))
         return {"x": x.cpu(), "y": s.y.repeat_interleave(self.factor ** 2).cpu()}
 
     def finish(self, s):
@@ -206,20 +206,27 @@ class FeatureMatching(ClassMatching):
     def _loss(self, look, s, real, data, c, g):
         "How far apart class `c` is to the eye of this iteration, and how unsure its judge is of it."
         augment = Siamese(self.augment, data.name, g)           # shared by the real and the synthetic batch
-        x = augment(self._moved(look, s, real(c, self.batch_real, g), c))
+        u = real(c, self.batch_real, g)
+        x = augment(self.moved(look, s, u, torch.full((len(u),), c, device=u.device), c))
         with torch.no_grad():
             goal = sum(look.seen(part).sum(0) for part in self.parts(x, look.net)) / self.batch_real
-        own = augment(untiled(s.u[s.rows[c]], self.factor))
+        own = augment(self.full(s.u[s.rows[c]]))
         loss = self.weight * GAPS[self.gap](look.seen(own).mean(0), goal)
-        if not self.ce: return loss
-        y = torch.full((len(own),), c, device=own.device)
-        return loss + self.ce * F.cross_entropy(look.judge.model(own).float(), y)
+        return loss + self.unsure(look, own, c) if self.ce else loss
 
-    def _moved(self, look, s, u, c):
+    def full(self, u):
+        "The images that stored ones hold."
+        return untiled(u, self.factor)
+
+    def unsure(self, look, own, c):
+        "The weighted cross-entropy of the network that judges."
+        y = torch.full((len(own),), c, device=own.device)
+        return self.ce * F.cross_entropy(look.judge.model(own).float(), y)
+
+    def moved(self, look, s, u, y, part):
         "Real images, normalised, where the attack takes them; to the bit as they are where it leaves them."
         if self.attacked is None: return u
-        x, g = s.scale.pixels(u), generator_of(look.draw, "attack", c)
-        y = torch.full((len(x),), c, device=x.device)
+        x, g = s.scale.pixels(u), generator_of(look.draw, "attack", part)
         return u + (self.attacked(look.net, x, y, g) - x) / s.scale.std
 
 # %% ../../nbs/distill/71_distribution.ipynb #62a45412

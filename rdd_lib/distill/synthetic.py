@@ -61,12 +61,15 @@ class RealBatches:
 
     def __call__(self, c: int, size: int, g: torch.Generator) -> Tensor:
         rows, = sent(self.device, self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[:size]])
+        return self.at(rows)
+
+    def at(self, rows: Tensor) -> Tensor:      # (N,) of the data set, on the device
         return self.scale.normalise(pixels(self.x[rows]))
 
     def mixed(self, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         "Images of any class, and their labels."
         i, = sent(self.device, torch.randperm(len(self.x), generator=g)[:size])
-        return self.scale.normalise(pixels(self.x[i])), self.y[i]
+        return self.at(i), self.y[i]
 
 # %% ../../nbs/distill/70_synthetic.ipynb #e6db3004
 class State:

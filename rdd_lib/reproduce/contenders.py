@@ -60,7 +60,7 @@ def _made(data, ipc):
 
 _ALIASES = {"herding": "herd", "graph cut": "submod", "CRAIG": "craig", "GradMatch": "gradm", "moderate": "moderate",
             "forgetting": "forget", "DM": "dm", "DC": "dc", "DSA": "dsa", "DC + GUARD": "guard", "ROME": "rome",
-            "ROME clean": "rome_clean", "NCFM": "ncfm", "MTT": "tm", "MAT": "mat", "SRe2L": "sre2l",
+            "ROME clean": "rome_clean", "C2R": "c2r", "NCFM": "ncfm", "MTT": "tm", "MAT": "mat", "SRe2L": "sre2l",
             "SRe2L + GUARD": "guard_sre2l", "RDED": "rded"}
 
 def contenders(data: str,    # its name, as `cells.dataset` reads it
@@ -90,10 +90,12 @@ def _bare(method): return replace(method, relabel=None) if hasattr(method, "rela
 
 def _by_networks(made, few, attack):
     "Digits' own presets, or a few iterations."
-    if not few: return {"ROME": made("rome"), "ROME clean": made("rome_clean"), "NCFM": made("ncfm")}
+    names = ("ROME", "ROME clean", "C2R", "NCFM")
+    if not few: return {name: made(_ALIASES[name]) for name in names}
     usual = Experts(n=5, epochs=8, lr=.01, momentum=.9, weight_decay=5e-4, batch=128, augment="")
     robust = few | {"experts": replace(usual, objective=Adversarial(attack))}
     return {"ROME": made("rome", **robust, attacked=attack), "ROME clean": made("rome_clean", **robust),
+            "C2R": made("c2r", **robust, attacked=attack),
             "NCFM": made("ncfm", **few, experts=usual, frequencies=1024)}
 
 def _trajectories(data):

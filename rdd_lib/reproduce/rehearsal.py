@@ -31,7 +31,7 @@ LEAST = {
     # how many
     "Experts.n": 1, "BackpropThroughTraining.nets": 1, "NeuralFeatureRegression.nets": 2, "extractors": 1,
     "targets": 2, "n_test": 10, "ipc": 2, "bank": 2, "ks": 2, "points": 20, "samples": 200, "pool": 4, "crops": 2,
-    "factor": 1,
+    "nearest": 2, "factor": 1,
     # how many at a time
     "batch": 20, "batch_real": 2, "batch_syn": 10, "batch_net": 10, "match_batch": 10, "frequencies": 20}
 

@@ -182,7 +182,7 @@ class CellStore:
 
     def __len__(self) -> int: return sum(1 for _ in self)
 
-    def __bool__(self): return True     # a place, also where nothing is in it; and nobody has to read all of it to know that
+    def __bool__(self): return True      # a place, also an empty one; and nobody has to read all of it to know that
 
 def _read_record(text, name):
     "The record in `text`; an error where it is not whole or not the one that `name` promises."
