@@ -91,7 +91,8 @@ class ContrastiveMatching(FeatureMatching):
         "A class's rows of this iteration; with `order`, an epoch begins with a new one."
         if self.order == "random": return mine[torch.randperm(len(mine), generator=g)[:self.batch_real]]
         if s.it and s.it % -(-len(mine) // self.batch_real) == 0:
-            s.held["order"][mine] = mine[s.held["hardness"].cpu()[mine].argsort(descending=True, stable=True)]
+            hard = s.held["hardness"][mine.to(s.device)].cpu()       # of this class alone: there may be many classes
+            s.held["order"][mine] = mine[hard.argsort(descending=True, stable=True)]
         return turn(s.held["order"][mine], s.it, self.batch_real)
 
     def _attacked(self, look, s, u, y):
