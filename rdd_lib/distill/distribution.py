@@ -211,17 +211,17 @@ class FeatureMatching(ClassMatching):
         with torch.no_grad():
             goal = sum(look.seen(part).sum(0) for part in self.parts(x, look.net)) / self.batch_real
         own = augment(self.full(s.u[s.rows[c]]))
-        loss = self.weight * GAPS[self.gap](look.seen(own).mean(0), goal)
-        return loss + self.unsure(look, own, c) if self.ce else loss
+        return self.weighed(GAPS[self.gap](look.seen(own).mean(0), goal), look, own, c)
 
     def full(self, u):
         "The images that stored ones hold."
         return untiled(u, self.factor)
 
-    def unsure(self, look, own, c):
-        "The weighted cross-entropy of the network that judges."
+    def weighed(self, gap, look, own, c):
+        "The loss of class `c`: the weighted gap, and with `ce` the cross-entropy of the network that judges."
+        if not self.ce: return self.weight * gap
         y = torch.full((len(own),), c, device=own.device)
-        return self.ce * F.cross_entropy(look.judge.model(own).float(), y)
+        return self.weight * gap + self.ce * F.cross_entropy(look.judge.model(own).float(), y)
 
     def moved(self, look, s, u, y, part):
         "Real images, normalised, where the attack takes them; to the bit as they are where it leaves them."
