@@ -89,7 +89,7 @@ def head(text, page, links):
 
 def notebook(page, links):
     "A notebook as a page of the site."
-    base, cells = str(Path(page.source).parent), []
+    base, cells = str(Path(page.shown).parent), []
     for cell in page.cells:
         if cell["cell_type"] == "code": cells.append(code_cell(cell))
         elif cell["cell_type"] == "markdown":
@@ -123,7 +123,7 @@ def listed(found, of, links):
     lines = []
     for page in found:
         title, promise = page.opening
-        text = links.in_text(promise, str(Path(page.source).parent), of)
+        text = links.in_text(promise, str(Path(page.shown).parent), of)
         lines.append(f"[{title}]({links.to_doc(page.doc, of)})\n: {text}\n")
     return "\n".join(lines)
 

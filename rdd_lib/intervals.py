@@ -20,8 +20,9 @@ def wilson(k: float,             # successes: a count, or the mean of several
     check(n >= 1 and 0 <= k <= n, f"k must be in 0 ... n and n >= 1, got k={k}, n={n}")
     check(0 < level < 1, f"level must be in 0 ... 1, both excluded, got {level}")
     z = NormalDist().inv_cdf(.5 + level / 2)
-    centre, spread = k + z * z / 2, z * sqrt(k * (n - k) / n + z * z / 4)
-    return max(0., (centre - spread) / (n + z * z)), min(1., (centre + spread) / (n + z * z))
+    share, centre, spread = k / n, k + z * z / 2, z * sqrt(k * (n - k) / n + z * z / 4)
+    lo, hi = (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+    return max(0., min(lo, share)), min(1., max(hi, share))         # none and all of them are ends, to the last bit
 
 # %% ../nbs/02_intervals.ipynb #95314e45
 def check_alpha(alpha):

@@ -115,7 +115,7 @@ def test_notebooks_keep_no_widgets():
 def test_the_links_between_pages_lead_somewhere():
     link = re.compile(r"\]\((?!https?:)([^)\s#]+\.(?:ipynb|md|py|csv|png))")
     others = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "nbs/README.md")
-    pages = [*NOTEBOOKS, *(ROOT / name for name in others)]
+    pages = [*NOTEBOOKS, *ROOT.glob("figures/*/*/*.ipynb"), *(ROOT / name for name in others)]
     lost = [f"{page.relative_to(ROOT)}: {place}" for page in pages
             for place in link.findall(page.read_text(encoding="utf-8")) if not (page.parent / place).exists()]
     assert not lost

@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 import prepare  # noqa: E402
 import site_map  # noqa: E402
+from extensions.formulas import drawn  # noqa: E402
 
 full = pytest.mark.skipif(not FULL, reason="builds the site; RDD_TESTS=full")
 # One page of each kind.
@@ -46,6 +47,14 @@ def test_every_notebook_is_a_page_of_its_own(prepared):
     assert all((folder / f"{doc}.ipynb").exists() for doc in docs)
     listed = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("index.md")).split()
     assert not [doc for doc in docs if "/" in doc and Path(doc).name not in listed], "in no sidebar"
+
+
+def test_every_formula_can_be_drawn(prepared):
+    told = [c["source"] for path in prepared[0].rglob("*.ipynb") for c in cells(path) if c["cell_type"] == "markdown"]
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", "\n\n".join(told), flags=re.S)
+    found = {a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", prose, re.S)}
+    assert len(found) > 100
+    for formula in found: assert drawn(formula).startswith("<svg"), formula     # or it raises, with the formula
 
 
 def test_every_link_leads_to_a_file(prepared):

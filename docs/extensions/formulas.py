@@ -13,7 +13,7 @@ from sphinx.util import logging
 
 _log = logging.getLogger(__name__)
 SAID = [(r"\\[bB]igg?(?![a-z])", ""), (r"\\tfrac", r"\\frac"), (r"\\le(?![a-z])", r"\\leq"),
-        (r"\\ne(?![a-z])", r"\\neq"), (r"\\[lr]Vert", r"\\|"), (r"\\mathcal (\w)", r"\\mathcal{\1}"),
+        (r"\\ne(?![a-z])", r"\\neq"), (r"\\[lr]Vert", r"\\|"), (r"\\(mathcal|mathbb|sqrt) (\w)", r"\\\1{\2}"),
         (r"frac(\d)(\d)", r"frac{\1}{\2}"), (r"\s+", " ")]
 LETTERS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
 

@@ -285,6 +285,7 @@ def _run(item, parameters, kernel, figures):
         with _Display(item.name, sys.stderr) as display:
             error = _execute(nbformat.read(item.path, 4), ran, parameters, kernel, display)
         nb = nbformat.read(ran if ran.exists() else item.path, 4)
+        _lead_out(nb, out.resolve())
         if rehearsing(): _head(nb, path, parameters["profile"], time.monotonic() - began)
         where = _failed_cell(nb) if error else ""
         with atomic(broken if error else path) as tmp: nbformat.write(impersonal(nb, _places(figures)), tmp)
@@ -293,6 +294,14 @@ def _run(item, parameters, kernel, figures):
         raise ReproductionFailed(f"{told}; the notebook as far as it came: {str(broken)!r}") from error
     broken.unlink(missing_ok=True)
     return path
+
+def _lead_out(nb, here):
+    "Links out of the papers go on from the folder `here` where that is in the same checkout; else they lead nowhere."
+    nbs = papers_folder().parent
+    if nbs.parent not in here.parents: return
+    way = Path(os.path.relpath(nbs, here)).as_posix()
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown": cell["source"] = cell["source"].replace("](../../", f"]({way}/")
 
 def _head(nb, path, profile, seconds):
     "What a rehearsed notebook begins with; the same beside it, in a file."
