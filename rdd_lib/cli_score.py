@@ -101,7 +101,8 @@ def _trainer(asked, threat, S):
 
 def student_of(name: str, settings: dict) -> Net:
     "A network with settings as they were typed. Raises `BadArgument`."
-    try: return with_settings(Net(name), **settings)
+    net = Net(name)
+    try: return with_settings(net, **settings)
     except BadArgument as e: raise BadArgument(f"{e} (in --set net.<name>=; those of the network itself are "
                                                "net.settings.<name>=, see `rdd list models`)") from None
 
@@ -116,6 +117,9 @@ def source_of(S, split: str,
               "are, --data PATH", MissingData)
         return data.load(*data.origin_of(S, split))
     own = data.data_set(where, held_out)
+    strange = [name for name in S.classes if own.classes and name not in own.classes]
+    check(not strange, lambda: f"{where!r} lacks classes of the set ({', '.join(strange):.60}), which was made from "
+          f"{S.name!r}")
     def part(split): return own.load(split, S.shape[-1], list(S.classes))
     told = S.provenance.get("source", {}).get("fingerprint") if hasattr(S, "provenance") else None
     if split == S.split: found = trained = part(split)
@@ -328,11 +332,12 @@ def attacked(path: str | Path,       # of the weights
     "Attack the test images of `asked.data` through a model from a file, and say how it fared."
     from rdd_lib.exports import load_weights
     source = data.data_set(asked.data, asked.held_out)
-    train, whole = (source.load(split, size) for split in ("train", "test"))
-    test = judged_images(asked, whole)
-    judge, made = asked.judge(whole.name), student_of(net, asked.settings_of("net."))
+    judge, made = asked.judge(source.name), student_of(net, asked.settings_of("net."))
     left = asked.settings_of("")
     check(not left, f"--set takes net.<name> and attack.<name> here, got {', '.join(left)}")
+    check(Path(path).is_file(), f"no such file: {str(path)!r}", MissingData)     # before a data set is fetched
+    train, whole = (source.load(split, size) for split in ("train", "test"))
+    test = judged_images(asked, whole)
     if asked.out: files.require_writable(asked.out)
     model = load_weights(made(train), path, stats, train).eval()
     if asked.certify: steps_of(model)

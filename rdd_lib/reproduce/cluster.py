@@ -83,7 +83,8 @@ def read_clusters(path: str = "",   # of the TOML file; empty: `cluster.toml` he
     "The clusters of a file by name, as `Cluster`s. Raises `MissingData`, `BrokenFile`, `BadArgument`."
     places = [Path(path)] if path else [Path("cluster.toml"), Path("~/.config/rdd_lib/cluster.toml").expanduser()]
     found = next((p for p in places if p.exists()), None)
-    check(found, f"no settings of clusters: no file {' or '.join(map(repr, map(str, places)))}", MissingData)
+    check(found, f"no settings of clusters: no file {' or '.join(map(repr, map(str, places)))}; it has a table for "
+          "each, like [slurm] with gpus = 1 and hours = 24 (docs/clusters.md)", MissingData)
     toml = needed("tomllib" if sys.version_info >= (3, 11) else "tomli", "cluster", "the settings of clusters")
     try: tables = toml.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise BrokenFile(f"cannot read {str(found)!r}: {e}") from None

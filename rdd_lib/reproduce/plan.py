@@ -260,6 +260,8 @@ def _sum_told(plan):
            "(each counted once)")
     if total["to_do"]:
         yield f"  hours      {_price(total | {'hint': None})}"
+        if total["no_cell_of_this_kind"] == total["to_do"]:
+            yield "             (they are told by finished cells that differ by the seed: run with one, and ask again)"
     for name, what in (("records", "records"), ("sets", "compressed sets")):
         d = disk[name]
         unknown = f", {d['unknown']:,} of unknown size" if d["unknown"] else ""
