@@ -12,12 +12,14 @@ from rdd_lib.published import load_compressed
 from rdd_lib.compressed import save
 from rdd_lib.core import BadArgument, drawn, generator_of, subseed
 from rdd_lib.data import load
+from rdd_lib.distill import synthetic
 from rdd_lib.distill.backprop import BackpropThroughTraining, walk_of
 from rdd_lib.distill.distribution import DistributionMatching, FeatureMatching, waves
 from rdd_lib.distill.experts import Experts
 from rdd_lib.distill.gradient import GradientMatching, distance
-from rdd_lib.distill.synthetic import RealBatches, State, first_images
+from rdd_lib.distill.synthetic import RealBatches, State, Story, _Keeper, first_images
 from rdd_lib.models import Net
+from rdd_lib.reproduce.cells import compressed, seconds_of
 from rdd_lib.training.objectives import Adversarial, Standard
 from rdd_lib.training.trainer import Trainer
 
@@ -216,6 +218,28 @@ def test_an_interrupted_run_ends_in_the_same_bytes(digits, method, tmp_path):
     assert [*film] == [*whole_film] and all(torch.equal(film[i], whole_film[i]) for i in film)
     assert (whole.soft_labels is None) == (not method.lr_label)
     assert whole.soft_labels is None or torch.equal(whole.soft_labels, resumed.soft_labels)
+
+
+def test_a_kept_set_knows_its_seconds_if_it_was_made_in_one_go(own_store, tmp_path, monkeypatch):
+    method = DistributionMatching(iterations=9, **SMALL)
+    compressed("mnist5k:200", method, 1, 1, "cpu")
+    look = Story.look
+    def cut(self, s, it, last):
+        look(self, s, it, last)
+        if it == 5: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(Story, "look", cut)
+        m.setattr(synthetic, "_Keeper", lambda *args: whenever(_Keeper(*args)))
+        with pytest.raises(KeyboardInterrupt): compressed("mnist5k:200", method, 1, 2, "cpu")
+    assert [*tmp_path.rglob("*.checkpoint")]
+    compressed("mnist5k:200", method, 1, 2, "cpu")
+    assert seconds_of("mnist5k:200", method, 1, 1) > 0 and seconds_of("mnist5k:200", method, 1, 2) is None
+
+
+def whenever(keeper):
+    "Notes every iteration, not only after two seconds."
+    keeper.note.every = 0.
+    return keeper
 
 
 def test_another_run_refuses_the_checkpoint(digits, tmp_path):

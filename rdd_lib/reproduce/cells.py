@@ -70,9 +70,9 @@ def compressed(data_name: str,
         resumes = path and isinstance(method, Distiller)                    # a killed run goes on where it was
         run = {"checkpoint": path.with_name(path.name + ".checkpoint")} if resumes else {}
         if method.unlabelled: run["images"] = compressed(data_name, method.unlabelled, ipc, seed, device)
-        begin = time.process_time()
+        begun, begin = resumes and run["checkpoint"].exists(), time.process_time()
         S = method.compress(data, ipc=ipc, seed=seed, device=device, **run)
-        if path: _note_seconds(path, time.process_time() - begin)
+        if path and not begun: _note_seconds(path, time.process_time() - begin)     # else they are a part of it
         return S
     return remembered(_set_file(data_name, method, ipc, seed), "the compressed set", load_compressed, make, save)
 
