@@ -7,12 +7,14 @@ __all__ = ['KCenterGreedy', 'Covering', 'MinimalCoreset', 'verify_coreset']
 
 # %% ../../nbs/coresets/61_covering.ipynb #4a43609e
 from dataclasses import dataclass
+from math import inf
 import torch
 from ..compressed import Compressed
 from ..compressor import budget, Compressor, method
 from ..core import check, check_one_of, device_of, generator_of
 from .random import Coreset, groups
-from ..covering.certificate import cover_of, CoverCertificate, verify_certificate
+from ..covering.certificate import CoverCertificate, verify_certificate
+from ..covering.cover import cover_of
 from ..covering.distances import check_norm, space_of
 from ..covering.greedy import farthest_first
 from ..covering.k_center import k_mcs
@@ -65,18 +67,20 @@ class MinimalCoreset(Covering):
     budget: str = "per_class"          # "per_class": ipc in each; "total": one radius for all; "joint": no labels
     weights: str | None = "assigned"   # q of Definition 5: "assigned", "ball", or None for equal weights
     time_limit: float = 60.            # seconds for all classes together
+    work_limit: float = inf            # 10^9 counted steps for every class: the same images on every machine
     gap: float = 0.                    # stop when the bound is this near to the radius, in every class
-    solver: str = "auto"               # "auto": until proven or out of time; "lp": shorter, the same images every time
+    solver: str = "auto"               # see `k_mcs`
 
     def __post_init__(self):
         check_norm(self.norm)
-        check_limits(self.time_limit, self.solver, self.gap)
+        check_limits(self.time_limit, self.work_limit, self.solver, self.gap)
         check_one_of("weights", self.weights, ("assigned", "ball", None))
         check_one_of("budget", self.budget, ("per_class", "total", "joint"))
 
     def make(self, data, counts, seed, device):
         cover = k_mcs(data.x, self.k(counts), norm=self.norm, labels=data.y, budget=self.budget,
-                      time_limit=self.time_limit, gap=self.gap, solver=self.solver, seed=seed, device=device_of(device))
+                      time_limit=self.time_limit, work_limit=self.work_limit, gap=self.gap, solver=self.solver,
+                      seed=seed, device=device_of(device))
         made = {"indices": cover.indices, "radius": cover.radius, "lower_bound": cover.lower_bound}
         if self.weights is not None: made["weights"] = cover.weights(self.weights).float()
         if cover.certificate is not None: made["certificate"] = cover.certificate.tensors()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import check, check_number, check_whole
-from .certificate import Cover
+from .cover import Cover
 from .distances import check_norm, never, space_of, TIE
 
 # %% ../../nbs/covering/18_guarantee.ipynb #b4bce5bf

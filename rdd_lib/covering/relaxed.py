@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import check, check_number, check_one_of, check_whole, generator_of, progress as bar
-from .certificate import Choice
+from .cover import Choice
 from .distances import FULL, TIE, Space, full, nearest, row_blocks, space_of
 
 # %% ../../nbs/covering/19_relaxed.ipynb #71f4f69e

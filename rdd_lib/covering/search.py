@@ -135,13 +135,15 @@ def tabu_search(s,        # `State`; changed
                 most,     # balls that are looked at for one exchange, at most
                 seed,     # > 0
                 stop,     # (1,): ends the search as soon as it is not 0
+                seen,     # (1,): entries that were looked at are added here
+                most_seen,   # ends the search where it has grown to this
                ):         # exchanges made; no row is left where it succeeded
     "Exchange balls until every row lies in one. Rows that stay outside gain weight."
     k = len(s.slots)
     saved, state = np.zeros(k + 2, np.int64), np.array([seed], np.uint64)
     gone, newest = -1, -1
     for step in range(steps):
-        if s.n_left[0] == 0 or stop[0]: return step
+        if s.n_left[0] == 0 or stop[0] or seen[0] >= most_seen: return step
         row = s.left[_draw(state, s.n_left[0])]
         begin, end = s.row_start[row], s.row_start[row + 1]
         if begin == end: return step                                        # no ball holds it
@@ -152,10 +154,13 @@ def tabu_search(s,        # `State`; changed
             j = s.row_balls[p]
             if j == gone or s.chosen[j]: continue
             c, slot = _best_slot(s, j, cheapest, newest, saved)
+            held = s.ball_start[j + 1] - s.ball_start[j]
+            seen[0] += 2 * (20 + held + min(k, held))
             ties = 1 if ball < 0 or c < cost else ties + (c == cost)
             if ball < 0 or c < cost or (c == cost and _draw(state, ties) == 0):
                 ball, leaves, cost = j, slot, c
         gone, newest = -1, -1
+        seen[0] += 800
         if ball < 0: continue                                   # nothing but what was just exchanged: allow it again
         gone, newest = s.slots[leaves], leaves
         _exchange(s, ball, leaves)
@@ -207,16 +212,22 @@ def find_cover(rows: Rows,
                seed: int = 1,      # > 0
                look: int = LOOK,   # balls that are looked at for one exchange
                stop=GO,            # (1,): ends the search as soon as it is not 0
+               seen=None,          # (1,) int64: entries that were looked at are added here
+               most_seen: int = 2**62,   # ends the search where it has grown to this
               ) -> tuple[list | None, float, int]:   # k centres, key of the radius reached, exchanges made
     "k points whose balls hold all points of a space; None where none were found, which proves nothing."
     space, used, centres = rows.space, 0, [int(c) for c in centres]
+    seen = np.zeros(1, np.int64) if seen is None else seen
     while True:
-        s = state_of(rows.near([*watched], key), len(space), centres, [*watched.values()])
-        used += tabu_search(s, steps - used, look, seed + used, stop)
+        near = rows.near([*watched], key)
+        s = state_of(near, len(space), centres, [*watched.values()])
+        used += tabu_search(s, steps - used, look, seed + used, stop, seen, most_seen)
         watched.update(zip(watched, s.weight.tolist()))
+        seen[0] += 8 * len(near[1])
         if s.n_left[0]: return None, key, used
         centres = s.slots.tolist()
         reached = space.nearest(torch.as_tensor(centres))[0].numpy()
+        seen[0] += len(space) * len(centres)
         outside = np.flatnonzero(reached > key)
         farthest = outside[np.argsort(-reached[outside], kind="stable")][:max(32, len(watched) // 8)]
         new = [i for i in farthest.tolist() if i not in watched]

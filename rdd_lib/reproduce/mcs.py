@@ -62,14 +62,14 @@ PLANS = {
                               experts=Experts(n=3, batch=64), **_SHORT_TM)),
     "cpu": Plan(
         seeds=3, extra_seeds=1, normalised_seeds=1, protocol=Protocol(n_test=1000), proxy=Proxy(),
-        mcs=MinimalCoreset(time_limit=300.),
+        mcs=MinimalCoreset(time_limit=1800., work_limit=25.),
         dm=DistributionMatching(iterations=1000, batch_real=128, net=_narrow(64)),
         gm=GradientMatching(iterations=100, lr=.4, batch_real=64, outer=5, inner=10, net=_narrow(32)),
         tm=TrajectoryMatching(iterations=200, lr=1000., alpha=.01, student_steps=20, net=_narrow(32),
                               experts=Experts(n=5), **_SHORT_TM)),
     "paper": Plan(
         seeds=3, extra_seeds=3, normalised_seeds=3, protocol=Protocol(), proxy=Proxy(),
-        mcs=MinimalCoreset(time_limit=3600.), dm=DistributionMatching(), gm=GradientMatching(),
+        mcs=MinimalCoreset(time_limit=14400., work_limit=300.), dm=DistributionMatching(), gm=GradientMatching(),
         tm=TrajectoryMatching(**paper_settings("cifar10", 50)))}
 
 # %% ../../nbs/reproduce/88_mcs.ipynb #e606ffca
@@ -226,8 +226,8 @@ def _protocol(data, net, **changes):
 
 def _papers(data, net, dm_full):
     protocol = _protocol(data, net, train_steps=20, l2_steps=40, alpha=TABLE2[data].alpha)
-    return CurvePlan(5, SIX, protocol, 100, None, None, MinimalCoreset(time_limit=3600.), DistributionMatching(),
-                     dm_full=dm_full)
+    return CurvePlan(5, SIX, protocol, 100, None, None, MinimalCoreset(time_limit=14400., work_limit=300.),
+                     DistributionMatching(), dm_full=dm_full)
 
 def _short_dm(iterations, width):
     return DistributionMatching(iterations=iterations, batch_real=64, lr=25., net=_narrow(width))

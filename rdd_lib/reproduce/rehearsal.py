@@ -27,7 +27,7 @@ LEAST = {
     "iterations": 2, "epochs": 2, "steps": 2, "train_steps": 2, "l2_steps": 2, "student_steps": 2, "queries": 4,
     "search_steps": 1, "restarts": 1, "warmup": 1, "halve_every": 1, "outer": 2, "inner": 1, "updates": 1,
     "expert_epochs": 1, "max_start": 1, "match_epochs": 1, "real_steps": 1, "repeats": 1, "rounds": 2, "time_limit": 2.,
-    "patience": 2., "window": (0, 1, 1, 1),
+    "work_limit": .02, "patience": 2., "window": (0, 1, 1, 1),
     # how many
     "Experts.n": 1, "BackpropThroughTraining.nets": 1, "NeuralFeatureRegression.nets": 2, "extractors": 1,
     "targets": 2, "n_test": 10, "ipc": 2, "bank": 2, "ks": 2, "points": 20, "samples": 200, "pool": 4, "crops": 2,
