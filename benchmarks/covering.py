@@ -1,5 +1,6 @@
-"""Radius, proven bound, seconds and memory of k-MCS (joint, l2, raw pixels), side by side on one machine, each method
-and instance in a process of its own:
+"""Radius, proven bound, seconds and memory of k-MCS (joint, l2, raw pixels; with `--families` the k-center families of
+the literature as tests/test_covering_instances.py makes them), side by side on one machine, each method and instance
+in a process of its own:
 
     naive      Algorithm 1 as written: bisection over real eta, each step a program on the whole N x N adjacency
                (scipy's milp). A step that runs out of time is unknown, and ends it. The distances come from our code;
@@ -9,11 +10,12 @@ and instance in a process of its own:
                chosen x N, its column minima in every step.
     ours       k_mcs under the time limit.
 
-    python benchmarks/covering.py [--sizes 500 2000 ...] [--classes] [--cifar10] [--methods ...] [--time-limit 120]
+    python benchmarks/covering.py [--sizes 500 2000 ...] [--classes] [--cifar10] [--families] [--time-limit 120]
+                                  [--methods ...]
                                   [--naive-limit 300] [--again METHOD ...] [--out benchmarks/covering.csv]
 
 Every finished row is in the file at once; rows of the same settings on the same processor are kept, `--again` makes
-those of some methods again. The radius is that of `distances.nearest`, whatever a method says. Memory is the peak of a
+those of some methods again. The radius is measured again, whatever a method says. Memory is the peak of a
 process and all that it started; `base` is what the imports and the data take.
 """
 import argparse
@@ -33,10 +35,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from rdd_lib.core import BadArgument
+from rdd_lib.core import BadArgument, generator_of
 from rdd_lib.files import atomic
 from rdd_lib.data import load
 from rdd_lib.files import kept as folder_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from test_covering_instances import clustered, lattice, planar, pmed, roads    # noqa: E402
 
 SIZES = (500, 2000, 5000, 20_000, 60_000)
 SAME = ["data", "class", "N", "k", "method", "limit", "threads", "cpu"]          # what makes two rows the same row
@@ -46,13 +51,15 @@ COLUMNS = SAME[:5] + ["radius", "bound", "gap", "seconds", "peak MB", "base MB",
 
 # --- the methods: (points, k, limit, tell) -> what is known, besides the centres --------------------------------------
 
-def naive(points, k, limit, tell, delta=1e-5):
+def naive(space, k, limit, tell, delta=1e-5):
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csc_matrix
     from rdd_lib.covering.distances import distances
-    begin, n = time.monotonic(), len(points)
-    d = np.concatenate([distances(part, points).numpy() for part in points.split(2048)])
-    low, high, centres, steps = 0., d.max(), None, 0
+    begin, points = time.monotonic(), space.get("points")
+    if points is None: d = space["distances"].double().numpy()
+    else: d = np.concatenate([distances(part, points).numpy() for part in points.split(2048)])
+    n = len(d)
+    low, high, centres, steps = 0., d[np.isfinite(d)].max(), None, 0
     while high - low > delta:
         eta, left = (low + high) / 2, limit - (time.monotonic() - begin)
         tell(centres, bound=low or None, note=f"stopped in step {steps + 1}, eta = {eta:.4f}: unknown")
@@ -67,24 +74,27 @@ def naive(points, k, limit, tell, delta=1e-5):
     else: tell(centres, bound=low or None, note=f"ended after {steps} steps")
 
 
-def gonzalez(points, k, limit, tell):
-    from rdd_lib.covering.k_center import gonzalez
-    cover = gonzalez(points, k)
-    tell(cover.indices, bound=cover.lower_bound)
+def gonzalez(space, k, limit, tell):
+    from rdd_lib.covering.distances import space_of
+    from rdd_lib.covering.greedy import farthest_first
+    from rdd_lib.covering.proofs import crowd_bound
+    space = space_of(**space)
+    order, _, _ = farthest_first(space, k + 1)
+    tell(order[:k], bound=space.distance(crowd_bound(space, order, k)).item())
 
 
-def deepcore(points, k, limit, tell):
-    feature, chosen = points.flatten(1).float() / 255, [0]
-    matrix = torch.zeros(k, len(points))
+def deepcore(space, k, limit, tell):
+    feature, chosen = space["points"].flatten(1).float() / 255, [0]
+    matrix = torch.zeros(k, len(feature))
     for step in range(k):
         matrix[step] = torch.cdist(feature[chosen[-1:]], feature)[0]
         if step + 1 < k: chosen.append(int(matrix[:step + 1].min(0).values.argmax()))
     tell(chosen)
 
 
-def ours(points, k, limit, tell):
+def ours(space, k, limit, tell):
     from rdd_lib.covering.k_center import k_mcs
-    cover = k_mcs(points, k, budget="joint", time_limit=limit, progress=False)
+    cover = k_mcs(**space, k=k, budget="joint", time_limit=limit, progress=False)
     tell(cover.indices, bound=cover.lower_bound, certificate=cover.certificate, note="optimal" if cover.optimal else "")
 
 
@@ -93,16 +103,32 @@ METHODS = {"naive": naive, "gonzalez": gonzalez, "deepcore": deepcore, "ours": o
 
 # --- one row, in a process of its own ---------------------------------------------------------------------------------
 
-def points_of(data, label, n):
+def uniform(n, seed, dimensions=10):
+    "Points in ten dimensions, where every ball holds something that no other does."
+    return dict(points=torch.rand(n, dimensions, generator=generator_of(seed, "uniform"), dtype=torch.float64))
+
+
+FAMILIES = {"planar": (planar, (300, 20), (1000, 50), (1800, 100)),
+            "clustered": (lambda n, seed: clustered(n, n // 40, seed), (500, 20), (1500, 50)),
+            "rounded": (lambda n, seed: lattice(n, 60, seed), (400, 5), (1000, 20)),
+            "roads": (lambda n, seed: roads(n, .05, seed), (600, 100), (1500, 50), (1500, 200)),
+            "network": (pmed, (500, 50), (900, 180), (1500, 50)),
+            "uniform, 10 dimensions": (uniform, (500, 20), (2000, 50))}
+
+
+def space_of(data, label, n):
+    "What the methods get: points, or distances."
+    if data in FAMILIES: return FAMILIES[data][0](n, label)
     images = load(data)
     x = images.x if label is None else images.x[images.y == label]
-    return x[:n].clone()                                                       # not a view that keeps the whole set
+    return dict(points=x[:n].clone())                                          # not a view that keeps the whole set
 
 
 def one(data, label, n, k, method, limit, report):
     "Runs one method and writes what it tells, each time it does, to `report`."
-    from rdd_lib.covering.distances import nearest
-    points, spent = points_of(data, label, n), 0.
+    from rdd_lib.covering import distances as D
+    space, spent = space_of(data, label, n), 0.
+    known = D.space_of(**space)
     base, begin, last = rss(), time.time(), {}
 
     def write(told):
@@ -111,24 +137,24 @@ def one(data, label, n, k, method, limit, report):
     def tell(centres, certificate=None, **told):
         nonlocal spent, last
         now = time.time()
-        if centres is not None: told["radius"] = nearest(points, points[torch.as_tensor(centres)])[0].max().item()
+        if centres is not None: told["radius"] = known.distance(known.nearest(torch.as_tensor(centres))[0].max()).item()
         last = told | dict(began=begin + spent, seconds=now - begin - spent, base=base, certificate=certificate)
         write(last | dict(certificate=None))
         spent += time.time() - now                                         # telling is no part of the method
 
     write(dict(began=begin, seconds=None, base=base))
-    METHODS[method](points, k, limit, tell)
+    METHODS[method](space, k, limit, tell)
     last["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     last["seconds"] = last["seconds"] if method != "naive" else time.time() - begin - spent
-    write(last | proven(points, k, last["certificate"]))
+    write(last | proven(space, k, last["certificate"]))
 
 
-def proven(points, k, certificate):
+def proven(space, k, certificate):
     "The bound that the certificate proves, computed again, and how long that took."
     if certificate is None: return dict(certificate="none")
     from rdd_lib.covering.certificate import verify_certificate
     begin = time.time()
-    try: certified = verify_certificate(points, certificate, k=k)
+    try: certified = verify_certificate(space.get("points"), certificate, k=k, distances=space.get("distances"))
     except BadArgument as e: return dict(certificate="no", note=str(e))
     return {"certified": certified, "certificate": "yes", "verify seconds": time.time() - begin}
 
@@ -196,7 +222,8 @@ def _version(name):
 
 
 def instances(args):
-    "(data, class, N, k)"
+    "(data, class, N, k); of a family the seed instead of a class"
+    if args.families: return [(name, 0, n, k) for name, (_, *sizes) in FAMILIES.items() for n, k in sizes]
     full = (folder_of("data") / "mnist" / "train.npz").exists()
     data, most = ("mnist", 60_000) if full else ("mnist5k", 4000)
     sizes = [n for n in dict.fromkeys(min(n, most) for n in args.sizes)]
@@ -238,7 +265,7 @@ def main(args):
             limit = {"naive": args.naive_limit, "ours": args.time_limit}.get(method)
             new = {"data": data, "class": label, "N": n, "k": k, "method": method,
                    "limit": "" if limit is None else f"{limit:g}", "threads": threads} | here
-            if same(new) in map(same, rows): continue
+            if same(new) in map(same, rows) or method == "deepcore" and data in FAMILIES: continue
             size = 12 * n * n / 1e9
             too_large = method == "naive" and size > 4
             if too_large: told = dict(note=f"not run: the adjacency would take up to {size:.0f} GB")
@@ -258,6 +285,7 @@ if __name__ == "__main__":
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--classes", action="store_true", help="one class of about 6000, k = 5 and 50")
     p.add_argument("--cifar10", action="store_true", help="one class and all of CIFAR-10, k = 50")
+    p.add_argument("--families", action="store_true", help="the families of the literature instead of digits")
     p.add_argument("--time-limit", type=float, default=120.)
     p.add_argument("--naive-limit", type=float, default=300.)
     p.add_argument("--again", nargs="*", choices=METHODS, default=[])

@@ -11,7 +11,7 @@ from math import inf
 import torch
 from ..compressed import Compressed
 from ..compressor import budget, Compressor, method
-from ..core import check, check_one_of, device_of, generator_of
+from ..core import check, check_one_of, device_of, generator_of, later
 from .random import Coreset, groups
 from ..covering.certificate import CoverCertificate, verify_certificate
 from ..covering.cover import cover_of
@@ -67,9 +67,9 @@ class MinimalCoreset(Covering):
     budget: str = "per_class"          # "per_class": ipc in each; "total": one radius for all; "joint": no labels
     weights: str | None = "assigned"   # q of Definition 5: "assigned", "ball", or None for equal weights
     time_limit: float = 60.            # seconds for all classes together
-    work_limit: float = inf            # 10^9 counted steps for every class: the same images on every machine
     gap: float = 0.                    # stop when the bound is this near to the radius, in every class
     solver: str = "auto"               # see `k_mcs`
+    work_limit: float = later(inf)     # 10^9 counted steps for every class: the same images on every machine
 
     def __post_init__(self):
         check_norm(self.norm)
