@@ -129,10 +129,9 @@ class Master:
 
     def _gather(self):
         "All rows, one after the other."
-        self.start = np.cumsum([0, *[len(row.balls) for row in self.rows]])
         self.held_by = np.concatenate([row.balls for row in self.rows])
         self.counts = np.concatenate([row.counts for row in self.rows]).astype(float)
-        self.row_of = np.repeat(np.arange(len(self.rows)), np.diff(self.start))
+        self.row_of = np.repeat(np.arange(len(self.rows)), [len(row.balls) for row in self.rows])
         self.size = np.bincount(self.held_by, minlength=self.source.n)
 
     def _add_balls(self, balls):
@@ -141,7 +140,7 @@ class Master:
         first = len(self.balls)
         self.inside[balls] = np.arange(first, first + len(balls))
         self.balls = np.concatenate([self.balls, balls])
-        if not self.rows: 
+        if not self.rows:
             self.program.add_columns(np.zeros(len(balls) + 1, int), np.zeros(0, int), np.zeros(0))
             return True
         column = self.inside[self.held_by]

@@ -133,13 +133,16 @@ def _fewest(task, crew, key, solver, most, gap, seed):
     _better(task, greedy)
     alone = apart(rows, key, watched)
     _proven(task, part_of(rows, key, alone, np.ones(len(alone))))
+    searched = [dict.fromkeys(watched, 1) for _ in range(3)]
+    if solver == "greedy":
+        seen = np.zeros((3, 1), np.int64)
+        while not (_good(task, gap) or crew.over()) and _fewer(task, crew, rows, key, searched, seen, seed): pass
     if solver == "greedy" or _good(task, gap) or crew.over(): return
     question, = crew.all(lambda: Question(rows, key, task.now.reached - 1, (watched, ()), seed, True))
     task.doing = lambda: question.doing
     crew.all(lambda: question.weigh(crew.over, True))
     if question.least > task.now.lower: _proven(task, question.proof())
-    watched = [dict.fromkeys(watched, 1) for _ in range(3)]
-    _close(task, crew, rows, key, question, watched, solver, most, gap, seed)
+    _close(task, crew, rows, key, question, searched, solver, most, gap, seed)
 
 def _good(task, gap): return 1 - task.now.lower / task.now.reached <= gap
 
